@@ -1,0 +1,25 @@
+"""LightningDataModules that yield dictionaries of tensors."""
+
+from typing import TYPE_CHECKING
+
+from ds_lightning._lazy import lazy_names
+
+if TYPE_CHECKING:
+    from .image_folder import ImageFolder as ImageFolder
+    from .mixer import BatchMixer as BatchMixer
+    from .mnist5k import MNIST5k as MNIST5k
+    from .torchvision_sets import CIFAR10 as CIFAR10
+    from .torchvision_sets import FashionMNIST as FashionMNIST
+
+__all__ = ["BatchMixer", "CIFAR10", "FashionMNIST", "ImageFolder", "MNIST5k"]
+
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "BatchMixer": ".mixer",
+        "CIFAR10": ".torchvision_sets",
+        "FashionMNIST": ".torchvision_sets",
+        "ImageFolder": ".image_folder",
+        "MNIST5k": ".mnist5k",
+    },
+)

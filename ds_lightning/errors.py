@@ -1,0 +1,13 @@
+"""What goes wrong, in the user's words: one line that names the thing, what was expected and what to do."""
+
+
+class ConfigError(ValueError):
+    """A configuration that can't work: a wrong key, value, name or combination."""
+
+
+class DataError(RuntimeError):
+    """Data that can't be used: a missing folder, an empty class, a broken file."""
+
+
+class NoEffectWarning(UserWarning):
+    """Something was asked for and changed nothing, such as mixing a batch of one."""

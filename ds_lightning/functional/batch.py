@@ -1,0 +1,60 @@
+"""One shape for every batch: a dictionary with one key a modality, and `label`."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+MODALITIES = ("image", "text", "audio", "series", "table")
+
+
+def as_batch(batch: Any, modality: str = "image") -> dict[str, Tensor]:
+    """Turn what a loader yields into a batch dictionary.
+
+    Args:
+        batch: a mapping (passed through as a new dict), a pair `(x, y)`, a single-element sequence `(x,)`,
+            or a tensor `x`.
+        modality: the key that the input of a pair or a tensor gets.
+
+    Returns:
+        The dictionary; `label` is there when the batch has labels.
+
+    Raises:
+        TypeError: when the batch has another form.
+
+    Example:
+        >>> import torch
+        >>> sorted(as_batch((torch.zeros(2, 3), torch.tensor([0, 1])), modality="table"))
+        ['label', 'table']
+    """
+    if isinstance(batch, Mapping):
+        return dict(batch)
+    if isinstance(batch, Tensor):
+        return {modality: batch}
+    if (
+        isinstance(batch, Sequence)
+        and 1 <= len(batch) <= 2
+        and all(isinstance(part, Tensor) for part in batch)
+    ):
+        return dict(zip((modality, "label"), batch, strict=False))
+    raise TypeError(
+        f"batch is a {type(batch).__name__}; expected a dictionary of tensors, a pair (x, y) of tensors or a "
+        "tensor; for anything else override the module's training_step or the loader's collate_fn"
+    )
+
+
+def input_of(batch: Mapping[str, Tensor]) -> Tensor:
+    """Return the one input of a single-modality batch.
+
+    Args:
+        batch: a batch dictionary with exactly one of the keys image, text, audio, series, table.
+
+    Raises:
+        ValueError: when there is no such key, or more than one.
+    """
+    found = [name for name in MODALITIES if name in batch]
+    if len(found) != 1:
+        raise ValueError(
+            f"batch has the keys {sorted(batch)}; expected exactly one of {', '.join(MODALITIES)} as the input"
+        )
+    return batch[found[0]]
