@@ -58,7 +58,7 @@ def _demo(argv: list[str]) -> int:
 
 
 def _training_help(name: str, does: str, example: str) -> str:
-    return f"""usage: ds-lightning {name} [--config FILE ...] [--model CLASS] [--data CLASS] [--trainer.OPTION VALUE ...]
+    return f"""usage: ds-lightning {name} [--config FILE ...] [--model CLASS] [--data CLASS] [--trainer.OPTION V ...]
 
 {does}
 
@@ -79,7 +79,9 @@ Example:
 """
 
 
-_EXAMPLE_FIT = "ds-lightning fit --model Classifier --data MNIST5k --config callbacks/layer_lr.yaml --trainer.max_epochs 5"
+_EXAMPLE_FIT = (
+    "ds-lightning fit --model Classifier --data MNIST5k --config callbacks/layer_lr.yaml --trainer.max_epochs 5"
+)
 _EXAMPLE_OTHER = "ds-lightning {} --config config.yaml --ckpt_path best.ckpt"
 
 _COMMANDS: dict[str, _Command] = {
@@ -164,9 +166,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     name, rest = words[0], words[1:]
     command = _COMMANDS.get(name)
     if command is None:
-        print(
-            f"ds-lightning: {name!r} is no command; expected one of {', '.join(_COMMANDS)}", file=sys.stderr
-        )
+        print(f"ds-lightning: {name!r} is no command; expected one of {', '.join(_COMMANDS)}", file=sys.stderr)
         return 2
     if command.help is not None and rest[:1] in (["-h"], ["--help"]):
         print(command.help, end="")

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
-from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
@@ -147,8 +147,8 @@ class Classifier(LightningModule):
         if value is None and required:
             wanted = "in_channels" if name == "input_shape" else name
             raise ConfigError(
-                f"{wanted} is not given and {'the DataModule does not tell' if datamodule else 'there is no DataModule'}"
-                f"; give it to {type(self).__name__}, or set `{name}` on the DataModule in its setup"
+                f"{wanted} is neither given nor known from the DataModule ({type(datamodule).__name__}); "
+                f"give it to {type(self).__name__}, or set `{name}` on the DataModule in its setup"
             )
         return value
 
@@ -214,7 +214,7 @@ class Classifier(LightningModule):
         metrics.update(logits, label)
         if not self.trainer.sanity_checking:
             getattr(self, f"{stage}_confusion").update(logits, label)
-        self.log_dict(metrics, prog_bar=stage == "val", batch_size=len(label))  # type: ignore[arg-type]
+        self.log_dict(metrics, prog_bar=stage == "val", batch_size=len(label))
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Update and log the validation metrics."""
@@ -276,6 +276,7 @@ class Classifier(LightningModule):
             return {"optimizer": optimizer, "lr_scheduler": {"scheduler": cosine, "interval": "step"}}
         assert callable(self._lr_scheduler)
         scheduler = self._lr_scheduler(optimizer)
-        # Lightning's own ReduceLROnPlateau names the metric that it watches.
-        monitor = {"monitor": scheduler.monitor} if hasattr(scheduler, "monitor") else {}
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, **monitor}}  # type: ignore[return-value,typeddict-item]
+        if isinstance(scheduler, ReduceLROnPlateau):
+            # Lightning's own ReduceLROnPlateau names the metric that it watches; torch's does not.
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": scheduler.monitor}}
+        return {"optimizer": optimizer, "lr_scheduler": scheduler}

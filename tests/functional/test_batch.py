@@ -1,0 +1,39 @@
+import pytest
+import torch
+
+from ds_lightning.functional import as_batch, input_of
+
+X, Y = torch.randn(3, 2), torch.tensor([0, 1, 1])
+
+
+@pytest.mark.parametrize("batch", [(X, Y), [X, Y], {"table": X, "label": Y}])
+def test_pairs_and_dictionaries_become_the_same(batch: object) -> None:
+    result = as_batch(batch, modality="table")
+    assert result.keys() == {"table", "label"}
+    assert result["table"] is X
+    assert result["label"] is Y
+
+
+@pytest.mark.parametrize("batch", [X, (X,), [X]])
+def test_inputs_without_labels(batch: object) -> None:
+    assert list(as_batch(batch)) == ["image"]
+
+
+def test_the_callers_dictionary_stays_his() -> None:
+    mine = {"image": X}
+    as_batch(mine)["label"] = Y
+    assert mine.keys() == {"image"}
+
+
+@pytest.mark.parametrize("batch", ["text", (X, Y, Y), (), (X, "label"), 3])
+def test_other_forms_are_refused(batch: object) -> None:
+    with pytest.raises(TypeError, match="expected a dictionary of tensors, a pair"):
+        as_batch(batch)
+
+
+def test_the_one_input() -> None:
+    assert input_of({"label": Y, "series": X}) is X
+    with pytest.raises(ValueError, match=r"\['image', 'label', 'text'\]; expected exactly one"):
+        input_of({"image": X, "text": X, "label": Y})
+    with pytest.raises(ValueError, match="exactly one"):
+        input_of({"label": Y})
