@@ -173,6 +173,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     try:
         return command.run(rest)
+    except SystemExit as stop:  # argparse's and jsonargparse's way of being done
+        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except KeyboardInterrupt:
         print(f"ds-lightning {name}: interrupted", file=sys.stderr)
         return 130

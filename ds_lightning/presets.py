@@ -23,9 +23,7 @@ def presets_root() -> Path:
 def list_presets() -> list[str]:
     """Return the names of all shipped presets, such as `callbacks/layer_lr.yaml`, sorted."""
     root = presets_root()
-    return sorted(
-        path.relative_to(root).as_posix() for room in ROOMS for path in (root / room).glob("*.yaml")
-    )
+    return sorted(path.relative_to(root).as_posix() for room in ROOMS for path in (root / room).glob("*.yaml"))
 
 
 def find_config(name: str | Path, folder: Path | None = None) -> Path:

@@ -116,28 +116,20 @@ def set_key(config: Any, dotted: str, value: Any) -> None:
     node = config
     *parents, last = dotted.split(".")
     for depth, part in enumerate([*parents, last]):
-        if (
-            isinstance(node, dict)
-            and "class_path" in node
-            and part not in ("class_path", "init_args", "dict_kwargs")
-        ):
+        if isinstance(node, dict) and "class_path" in node and part not in ("class_path", "init_args", "dict_kwargs"):
             node = node.setdefault("init_args", {})
         where = ".".join([*parents, last][:depth]) or "the configuration"
         key: Any = part
         if isinstance(node, list):
             if not (part.isdigit() and int(part) < len(node)):
-                raise ConfigError(
-                    f"key {dotted!r}: {where} is a list of {len(node)}; {part!r} is no position in it"
-                )
+                raise ConfigError(f"key {dotted!r}: {where} is a list of {len(node)}; {part!r} is no position in it")
             key = int(part)
         elif not isinstance(node, dict):
             raise ConfigError(f"key {dotted!r}: {where} is {node!r}, which has no key {part!r}")
         if depth == len(parents):
             node[key] = value
         elif isinstance(node, dict) and key not in node:
-            raise ConfigError(
-                f"key {dotted!r}: {where} has no key {part!r}; it has {', '.join(map(str, node))}"
-            )
+            raise ConfigError(f"key {dotted!r}: {where} has no key {part!r}; it has {', '.join(map(str, node))}")
         else:
             node = node[key]
 
@@ -163,9 +155,7 @@ def resolve(
     # Whole groups come first: without a module there is nothing for the keys inside it to land in.
     whole = {key: value for key, value in overrides.items() if "." not in key}
     for key, value in whole.items():
-        words.append(
-            f"--{key}={yaml.safe_dump(value, default_flow_style=True).removesuffix('...' + chr(10)).strip()}"
-        )
+        words.append(f"--{key}={yaml.safe_dump(value, default_flow_style=True).removesuffix('...' + chr(10)).strip()}")
     config = _dump(_Resolver(words, run=False))
     inner = {key: value for key, value in overrides.items() if key not in whole}
     if not inner:

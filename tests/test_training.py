@@ -1,0 +1,137 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from ds_lightning.callbacks import DynamicLayerLR
+from ds_lightning.cli import main
+from ds_lightning.datamodules import MNIST5k
+from ds_lightning.errors import ConfigError
+from ds_lightning.modules import Classifier
+from ds_lightning.presets import list_presets
+from ds_lightning.training import build, resolve, set_key
+
+MODEL: dict[str, Any] = {
+    "class_path": "Classifier",
+    "init_args": {"network": "resnet8", "network_options": {"width": 4}},
+}
+QUIET: dict[str, Any] = {"trainer.logger": False, "trainer.enable_progress_bar": False, "trainer.accelerator": "cpu"}
+
+
+def write(path: Path, content: dict[str, Any]) -> Path:
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def test_files_add_up_and_callbacks_append(tmp_path: Path) -> None:
+    mine = write(
+        tmp_path / "mine.yaml", {"trainer": {"max_epochs": 3, "callbacks": [{"class_path": "LearningRateMonitor"}]}}
+    )
+    later = write(tmp_path / "later.yaml", {"trainer": {"max_epochs": 4}})
+    config = resolve(["datamodules/mnist5k.yaml", mine, "callbacks/layer_lr.yaml", later], {"model": MODEL})
+    names = [callback["class_path"].rpartition(".")[2] for callback in config["trainer"]["callbacks"]]
+    assert names == ["LearningRateMonitor", "DynamicLayerLR"]
+    assert config["trainer"]["max_epochs"] == 4
+    assert config["data"]["class_path"] == "ds_lightning.datamodules.mnist5k.MNIST5k"
+    assert config["trainer"]["logger"]["class_path"].endswith("MLflowTracker")
+
+
+def test_overrides_reach_lists_and_classes() -> None:
+    config = resolve(
+        ["datamodules/mnist5k.yaml", "callbacks/layer_lr.yaml"],
+        {
+            "model": MODEL,
+            "model.init_args.optimizer.init_args.lr": 0.123,
+            "model.label_smoothing": 0.05,
+            "trainer.callbacks.0.init_args.every": 7,
+            "data.batch_size": 32,
+            **QUIET,
+        },
+    )
+    cli = build(config)
+    assert isinstance(cli.model, Classifier)
+    assert isinstance(cli.datamodule, MNIST5k)
+    assert cli.model.label_smoothing == 0.05
+    assert cli.datamodule.batch_size == 32
+    (callback,) = [c for c in cli.trainer.callbacks if isinstance(c, DynamicLayerLR)]
+    assert callback.every == 7
+    cli.model.num_classes, cli.model.in_channels = 10, 1
+    cli.model.configure_model()
+    optimizer: Any = cli.model.configure_optimizers()
+    assert optimizer.param_groups[0]["lr"] == 0.123
+    assert config["model"]["init_args"]["optimizer"]["init_args"]["nesterov"] is True, "the rest of the default stays"
+
+
+def test_a_resolved_configuration_is_a_fixed_point(tmp_path: Path) -> None:
+    config = resolve(["datamodules/mnist5k_mixed.yaml", "callbacks/layer_lr.yaml"], {"model": MODEL})
+    assert resolve([write(tmp_path / "config.yaml", config)]) == config
+
+
+@pytest.mark.parametrize(
+    ("overrides", "text"),
+    [
+        ({"model.init_args.widht": 3}, "widht"),
+        ({"trainer.max_epoch": 3}, "max_epoch"),
+        ({"trainer.callbacks.3.init_args.every": 7}, "trainer.callbacks is a list of 1; '3' is no position in it"),
+        ({"optimiser.lr": 7}, "the configuration has no key 'optimiser'"),
+        ({"trainer.max_epochs.more": 7}, "trainer.max_epochs is None, which has no key 'more'"),
+        ({"trainer.max_epochs": "many"}, "max_epochs"),
+        ({"data.batch_size": "many"}, "batch_size"),
+    ],
+)
+def test_a_wrong_key_or_value_is_one_line_that_names_it(overrides: dict[str, Any], text: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        resolve(["datamodules/mnist5k.yaml", "callbacks/layer_lr.yaml"], {"model": MODEL, **overrides})
+    assert text in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_set_key_changes_one_leaf() -> None:
+    config = {"a": [{"class_path": "X", "init_args": {"b": 1}}], "c": {}}
+    set_key(config, "a.0.b", 2)
+    set_key(config, "c.new", 3)
+    assert config == {"a": [{"class_path": "X", "init_args": {"b": 2}}], "c": {"new": 3}}
+
+
+@pytest.mark.parametrize("name", [n for n in list_presets() if n.startswith(("datamodules/", "callbacks/"))])
+def test_every_preset_goes_through_the_command_line(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fit", "--model", "Classifier", "--data", "MNIST5k", "--config", name, "--print_config"]) == 0
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert printed["model"]["class_path"].endswith("Classifier")
+
+
+def test_fit_test_and_predict_from_the_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    common = [
+        "--data",
+        "MNIST5k",
+        "--data.train_size=256",
+        "--config",
+        "callbacks/layer_lr.yaml",
+        "--trainer.enable_progress_bar=false",
+        "--trainer.accelerator=cpu",
+    ]
+    fit = ["fit", "--model", "Classifier", "--model.network_options={width: 4}", "--trainer.max_epochs=1", *common]
+    assert main(fit) == 0
+    (checkpoint,) = (tmp_path / "mlruns" / "checkpoints").rglob("*.ckpt")
+    state = torch.load(checkpoint, weights_only=True)
+    assert state["hyper_parameters"]["num_classes"] == 10
+    again = Classifier.load_from_checkpoint(checkpoint, weights_only=True)
+    assert again(torch.zeros(1, 1, 28, 28)).shape == (1, 10)
+    for command in ("test", "predict"):
+        assert (
+            main(
+                [
+                    command,
+                    "--model",
+                    "Classifier",
+                    "--model.network_options={width: 4}",
+                    *common,
+                    f"--ckpt_path={checkpoint}",
+                    "--trainer.logger=false",
+                ]
+            )
+            == 0
+        )
