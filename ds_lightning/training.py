@@ -1,12 +1,17 @@
 """From YAML files to a Trainer, a module and its data: Lightning's CLI with our defaults and one-line errors."""
 
 import copy
+import os
 from argparse import ArgumentError
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+# They speak of Lightning's use of jsonargparse, about which a user can do nothing.
+os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
+
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
@@ -28,7 +33,7 @@ class LogConfig(SaveConfigCallback):
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Log the configuration; called by Lightning on rank zero."""
-        config = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
+        config = yaml.safe_load(self.parser.dump(self.config, skip_unset=False))
         for logger in trainer.loggers:
             log_config = getattr(logger, "log_config", None)
             if log_config is not None:
@@ -166,7 +171,7 @@ def resolve(
 
 
 def _dump(cli: TrainingCLI) -> dict[str, Any]:
-    config: dict[str, Any] = yaml.safe_load(cli.parser.dump(cli.config, skip_none=False))
+    config: dict[str, Any] = yaml.safe_load(cli.parser.dump(cli.config, skip_unset=False))
     config.pop("config", None)
     return config
 

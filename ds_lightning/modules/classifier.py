@@ -1,6 +1,6 @@
 """Supervised classification."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -23,11 +23,6 @@ from ds_lightning.functional.batch import as_batch, input_of
 from ds_lightning.networks.by_name import backbone
 
 
-def default_optimizer(params: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-    """SGD with Nesterov momentum, the usual choice for a small convolutional network from scratch."""
-    return torch.optim.SGD(params, lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4)
-
-
 class Classifier(LightningModule):
     """Train any network to tell classes apart, on plain or on mixed (MixUp, CutMix) batches.
 
@@ -47,7 +42,8 @@ class Classifier(LightningModule):
         in_channels: channels of the images; None takes the DataModule's.
         image_size: height and width in pixels; None takes the DataModule's.
         network_options: further arguments of a network given by name, such as `{width: 32}`.
-        optimizer: makes the optimizer from the parameters.
+        optimizer: makes the optimizer from the parameters; by default SGD with Nesterov momentum, the usual choice
+            for a convolutional network from scratch.
         lr_scheduler: makes a scheduler from the optimizer, stepped every epoch; `cosine` anneals to zero over
             the whole training, stepped every step; None keeps the rate.
         label_smoothing: share of the target that is spread over all classes, in [0, 1).
@@ -69,7 +65,10 @@ class Classifier(LightningModule):
         in_channels: int | None = None,
         image_size: int | None = None,
         network_options: dict[str, Any] | None = None,
-        optimizer: OptimizerCallable = default_optimizer,
+        # A lambda, so that the command line can show it and set single arguments of it.
+        optimizer: OptimizerCallable = lambda params: torch.optim.SGD(
+            params, lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4
+        ),
         lr_scheduler: LRSchedulerCallable | str | None = None,
         label_smoothing: float = 0.0,
     ) -> None:
