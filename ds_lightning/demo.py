@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ds_lightning.errors import ConfigError
+from ds_lightning.presets import find_config
 
 TARGET = 0.95
 # Name of the run -> the presets it adds to the model below.
@@ -59,7 +60,8 @@ def run_demo_command(argv: list[str]) -> int:
     console = Console()
     began = time.perf_counter()
     console.print("Loading PyTorch, Lightning and MLflow ...", style="dim")
-    from ds_lightning.sweeps import Sweep
+    from ds_lightning.sweeps.command import print_result
+    from ds_lightning.sweeps.sweep import Sweep
     from ds_lightning.tracking.store import locate
 
     outcomes = []
@@ -69,15 +71,14 @@ def run_demo_command(argv: list[str]) -> int:
     picture = _draw(outcomes, locate(args.store).checkpoints.parent / "demo" / "comparison.png")
 
     console.rule(f"sweep: sweeps/mnist5k.yaml, {args.trials} trials")
-    result = Sweep.from_yaml("sweeps/mnist5k.yaml").run(trials=args.trials, store=args.store)
+    sweep = Sweep.from_yaml(find_config("sweeps/mnist5k.yaml"), store=args.store)
+    result = sweep.run(trials=args.trials)
 
     console.print(_table(outcomes))
-    console.print(f"best trial   {result.summary()}")
-    console.print(f"picture      {picture}", soft_wrap=True)
-    console.print(f"took         {time.perf_counter() - began:.0f} s")
-    store = f" --store {args.store}" if args.store else ""
-    console.print(f"\nCompare the runs in the MLflow UI:  [bold]ds-lightning ui{store}[/bold]")
-    return 0
+    console.print(f"picture: {picture}", soft_wrap=True, highlight=False)
+    console.print(f"all of it took {time.perf_counter() - began:.0f} s\n")
+    print_result(result, sweep.spec, args.store)
+    return result.exit_code
 
 
 def _train(name: str, configs: list[str], epochs: int, store: str | None) -> Outcome:

@@ -13,6 +13,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 import pytest
+import yaml
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
@@ -42,10 +43,11 @@ def runs(store: Path) -> dict[str, Run]:
 def test_it_prints_a_table_the_best_trial_a_picture_and_the_next_command(printed: str, store: Path) -> None:
     for name in ("plain", "mixed", "mixed + layer_lr"):
         assert re.search(rf"^│ {re.escape(name)} +│ +0\.\d{{4}} │ +(\d+|-) │ +\d+ │$", printed, re.M), printed
-    assert re.search(r"^best trial +\S", printed, re.M)
-    (picture,) = re.findall(r"^picture +(\S+\.png)$", printed, re.M)
+    (picture,) = re.findall(r"^picture: (\S+\.png)$", printed, re.M)
     assert Path(picture).read_bytes().startswith(b"\x89PNG")
-    assert printed.rstrip().endswith(f"ds-lightning ui --store {store}")
+    (best,) = re.findall(r"^train it: ds-lightning fit --config (\S+)$", printed, re.M)
+    assert yaml.safe_load(Path(best).read_text())["model"]["class_path"].endswith("Classifier")
+    assert f"ds-lightning ui --store {store}" in printed.splitlines()[-1]
     assert [path.name for path in store.parent.iterdir()] == ["mlruns"], "all of it is under the store"
 
 

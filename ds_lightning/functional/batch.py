@@ -31,11 +31,7 @@ def as_batch(batch: Any, modality: str = "image") -> dict[str, Tensor]:
         return dict(batch)
     if isinstance(batch, Tensor):
         return {modality: batch}
-    if (
-        isinstance(batch, Sequence)
-        and 1 <= len(batch) <= 2
-        and all(isinstance(part, Tensor) for part in batch)
-    ):
+    if isinstance(batch, Sequence) and 1 <= len(batch) <= 2 and all(isinstance(part, Tensor) for part in batch):
         return dict(zip((modality, "label"), batch, strict=False))
     raise TypeError(
         f"batch is a {type(batch).__name__}; expected a dictionary of tensors, a pair (x, y) of tensors or a "

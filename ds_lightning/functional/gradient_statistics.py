@@ -1,0 +1,112 @@
+"""Gradient mean and variance of each layer from what an optimizer holds anyway, and rates from them.
+
+All functions take one value a layer, work on any device without a synchronisation, and change nothing in place.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+VARIANCE_FLOOR = 1e-3  # of E||g||^2: the estimate of a small variance is a difference of two large numbers
+
+
+def layer_gradient_moments(
+    grad_sq: Tensor, momentum_sq: Tensor, beta: float | Tensor, step: int | Tensor
+) -> tuple[Tensor, Tensor]:
+    """Estimate `||E g||^2` of each layer from one mini-batch gradient and the momentum.
+
+    The momentum averages the past gradients, so its norm holds the mean gradient and the share `rho` of the noise
+    that averaging leaves:
+
+        n = step - 1                                  gradients that the momentum has seen
+        rho = (1 - beta)(1 + beta^n) / ((1 + beta)(1 - beta^n))
+        G2 = (||M||^2 / (1 - beta^n)^2 - rho ||g||^2) / (1 - rho)
+
+    G2 has the expectation `||E g||^2` while the weights stand still; single values may be negative.
+
+    Args:
+        grad_sq: `||g||^2` of this step's gradient, (L,), >= 0.
+        momentum_sq: `||M||^2`, (L,), >= 0, where M is the moving average `M <- beta M + (1 - beta) g` that started
+            at zero: Adam's `exp_avg`, or `(1 - beta)` times SGD's `momentum_buffer`.
+        beta: decay of the momentum a step, in [0, 1); a number or (L,).
+        step: number of this step, counted from 1, so that M has seen `step - 1` gradients; a number or (L,).
+
+    Returns:
+        `(G2, E||g||^2)`, both (L,): the second is `grad_sq` itself, one sample of it. G2 is 0 where the momentum
+        says nothing: beta = 0, or fewer than two gradients seen.
+
+    Example:
+        >>> layer_gradient_moments(torch.tensor([4.0]), torch.tensor([4.0]), beta=0.9, step=1000)[0]
+        tensor([4.])
+    """
+    beta = torch.as_tensor(beta, dtype=grad_sq.dtype, device=grad_sq.device)
+    seen = torch.as_tensor(step, dtype=grad_sq.dtype, device=grad_sq.device) - 1
+    decayed = beta**seen
+    rho = (1 - beta) * (1 + decayed) / ((1 + beta) * (1 - decayed))
+    mean_sq = (momentum_sq / (1 - decayed) ** 2 - rho * grad_sq) / (1 - rho)
+    return torch.where((beta > 0) & (seen > 1.5), mean_sq, torch.zeros_like(grad_sq)), grad_sq
+
+
+def ema_update(average: Tensor, weight: Tensor, value: Tensor, decay: float) -> tuple[Tensor, Tensor]:
+    """Take one value into a bias-corrected moving average, skipping what is not finite.
+
+    Args:
+        average: the bias-corrected average so far, (L,) or (K, L); anything finite before the first value.
+        weight: the sum of the weights in it, (L,), in [0, 1); 0 before the first value.
+        value: the new value, shaped like `average`. Where any of the K values of a layer is not finite, that layer
+            keeps its average and its weight.
+        decay: share of the old average, in [0, 1).
+
+    Returns:
+        The new `(average, weight)`.
+
+    Example:
+        >>> ema_update(torch.zeros(2), torch.zeros(2), torch.tensor([3.0, float("nan")]), decay=0.5)
+        (tensor([3., 0.]), tensor([0.5000, 0.0000]))
+    """
+    finite = torch.isfinite(value)
+    if value.ndim > weight.ndim:
+        finite = finite.all(dim=0)
+    new_weight = decay * weight + (1 - decay)
+    new_average = average + (1 - decay) / new_weight * (value - average)
+    return torch.where(finite, new_average, average), torch.where(finite, new_weight, weight)
+
+
+def variance_multipliers(
+    mean_sq: Tensor,
+    second: Tensor,
+    numel: Tensor,
+    alpha: float,
+    bounds: tuple[float, float],
+    ramp: float = 1.0,
+) -> Tensor:
+    """Turn the gradient statistics of the layers into multipliers of the learning rate.
+
+    The inverse rule: the noisier a layer's gradient is for its size, the smaller its steps.
+
+        var = max(E - max(A, 0), 1e-3 E)
+        x = -alpha / 2 * log(var / N)
+        m = exp(ramp * clamp(x - mean of x over the layers, log low, log high))
+
+    Args:
+        mean_sq: A, an average of `||E g||^2`, (L,).
+        second: E, an average of `||g||^2`, (L,).
+        numel: N, number of weights of each layer, (L,).
+        alpha: strength, > 0: 1 for SGD-type optimizers; 0.5 for Adam-type ones, which normalise by themselves.
+        bounds: `(low, high)`, the smallest and the largest multiplier, 0 < low <= 1 <= high.
+        ramp: 0 (all multipliers are 1) to 1 (the full rule).
+
+    Returns:
+        The multipliers, (L,). A layer without a positive, finite E gets 1 and does not count in the mean.
+
+    Example:
+        >>> variance_multipliers(torch.zeros(2), torch.tensor([1.0, 4.0]), torch.ones(2), 1.0, (0.1, 10.0))
+        tensor([1.4142, 0.7071])
+    """
+    known = (second > 0) & torch.isfinite(second) & torch.isfinite(mean_sq)
+    variance = torch.maximum(second - mean_sq.clamp(min=0), VARIANCE_FLOOR * second)
+    x = torch.where(known, -alpha / 2 * torch.log(variance / numel), torch.zeros_like(second))
+    mean = x.sum() / known.sum().clamp(min=1)
+    exponent = ramp * (x - mean).clamp(math.log(bounds[0]), math.log(bounds[1]))
+    return torch.where(known, torch.exp(exponent), torch.ones_like(second))
