@@ -5,13 +5,15 @@ from typing import TYPE_CHECKING
 from ds_lightning._lazy import lazy_names
 
 if TYPE_CHECKING:
+    from .image_data import ImageData as ImageData
     from .image_folder import ImageFolder as ImageFolder
+    from .in_memory import InMemoryImageData as InMemoryImageData
     from .mixer import BatchMixer as BatchMixer
     from .mnist5k import MNIST5k as MNIST5k
     from .torchvision_sets import CIFAR10 as CIFAR10
     from .torchvision_sets import FashionMNIST as FashionMNIST
 
-__all__ = ["BatchMixer", "CIFAR10", "FashionMNIST", "ImageFolder", "MNIST5k"]
+__all__ = ["CIFAR10", "BatchMixer", "FashionMNIST", "ImageData", "ImageFolder", "InMemoryImageData", "MNIST5k"]
 
 __getattr__, __dir__ = lazy_names(
     __name__,
@@ -19,7 +21,9 @@ __getattr__, __dir__ = lazy_names(
         "BatchMixer": ".mixer",
         "CIFAR10": ".torchvision_sets",
         "FashionMNIST": ".torchvision_sets",
+        "ImageData": ".image_data",
         "ImageFolder": ".image_folder",
+        "InMemoryImageData": ".in_memory",
         "MNIST5k": ".mnist5k",
     },
 )

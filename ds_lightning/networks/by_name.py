@@ -39,9 +39,7 @@ def backbone(
     """
     library, _, rest = name.rpartition("/")
     if library not in ("", "torchvision", "timm"):
-        raise ConfigError(
-            f"network {name!r}: {library!r} is not a library here; expected torchvision/ or timm/"
-        )
+        raise ConfigError(f"network {name!r}: {library!r} is not a library here; expected torchvision/ or timm/")
     if not library and name in _OURS:
         options.setdefault("small_input", image_size is None or image_size <= 64)
         return resnet(_OURS[name], in_channels=in_channels, num_classes=num_classes, **options)
@@ -64,11 +62,7 @@ def backbone(
                 return _timm(timm.create_model, rest, num_classes, in_channels, image_size, options)
             known = [*(known if not library else []), *timm.list_models()]
     close = difflib.get_close_matches(rest, known, n=3)
-    hint = (
-        f"; did you mean {' or '.join(close)}?"
-        if close
-        else "; expected resnet8, torchvision/NAME or timm/NAME"
-    )
+    hint = f"; did you mean {' or '.join(close)}?" if close else "; expected resnet8, torchvision/NAME or timm/NAME"
     raise ConfigError(f"network {name!r} is unknown{hint}")
 
 

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ds_lightning.functional import mixing
-from ds_lightning.functional.mixing import cutmix, mixup
+from ds_lightning.functional.mixing import cutmix, mixup, paste_boxes
 
 
 def mixup_one_by_one(x, lam, index):
@@ -215,3 +215,8 @@ def test_wrong_input_of_cutmix_is_named(changes, text):
 def test_mixup_refuses_integers():
     with pytest.raises(ValueError, match=r"x is torch.uint8; expected a floating dtype"):
         mixup(X.to(torch.uint8), LAM, INDEX)
+
+
+def test_paste_boxes_refuses_other_boxes():
+    with pytest.raises(ValueError, match=r"boxes has shape \(2, 2\); expected \(2, 4\)"):
+        paste_boxes(X, INDEX, torch.zeros(2, 2, dtype=torch.int64))

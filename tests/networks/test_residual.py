@@ -51,7 +51,10 @@ def test_small_depths_count_their_layers(depth: int, layers: int) -> None:
 
 @settings(max_examples=8, deadline=None)
 @given(
-    batch=st.integers(1, 3), size=st.integers(9, 33), channels=st.integers(1, 4), norm=st.sampled_from(["batch", "group"])
+    batch=st.integers(1, 3),
+    size=st.integers(9, 33),
+    channels=st.integers(1, 4),
+    norm=st.sampled_from(["batch", "group"]),
 )
 def test_any_shape_goes_through(batch: int, size: int, channels: int, norm: str) -> None:
     network = resnet(8, in_channels=channels, num_classes=3, width=4, norm=norm).eval()

@@ -1,0 +1,299 @@
+"""The training process's side of the writer: a buffer, a courier thread and the list of what isn't written yet."""
+
+import json
+import threading
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ds_lightning.errors import ConfigError
+from ds_lightning.tracking.child import Child
+from ds_lightning.tracking.notices import Notices, first_line
+from ds_lightning.tracking.spool import spool
+from ds_lightning.tracking.store import Store, connect
+from ds_lightning.tracking.writer import apply, is_hopeless
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+Row = tuple[str, float, int, int]
+Call = dict[str, Any]
+
+_MAX_ROWS_A_CALL = 1000
+_ROWS_THAT_WAKE = 500
+_PERIOD_SECONDS = 1.0
+_IDLE_SECONDS = 120.0
+_AT_EXIT_SECONDS = 10.0
+_START_SECONDS = 60.0
+# About 100 MB: a server that stays away must not fill the memory.
+_MAX_ROWS_KEPT = 500_000
+
+
+class Outbox:
+    """Everything that goes to one tracking store, from all threads and runs of this process.
+
+    A call is kept until the writer has acknowledged it. If the writer dies it is started once more and gets
+    what was not acknowledged; a call that had been written but not acknowledged is written again, which
+    changes nothing (a metric's row is its own primary key in MLflow's databases). If it dies twice, the
+    courier thread writes from this process.
+
+    Args:
+        uri: tracking URI.
+        spool: folder for what can't be sent.
+    """
+
+    def __init__(self, uri: str, spool: Path) -> None:
+        self._uri, self._spool = uri, spool
+        self._changed = threading.Condition()
+        self._delivery = threading.Lock()
+        self._wake = threading.Event()
+        self._rows: dict[str, list[Row]] = {}
+        self._row_count = 0
+        self._kept_rows = 0
+        self._calls: dict[int, Call] = {}
+        self._next_id = 0
+        self._sent_until = 0
+        self._child: Child | None = None
+        self._deaths = 0
+        self._courier: threading.Thread | None = None
+        self._closed = False
+        self._progress = 0.0
+        self._busy_at = 0.0
+        self._waiting_said = False
+        self._notices = Notices()
+        self._refused_files: set[Path] = set()
+        self._client: MlflowClient | None = None
+
+    def metrics(self, run: str, rows: list[Row]) -> None:
+        """Take rows for a run; costs microseconds."""
+        with self._changed:
+            self._rows.setdefault(run, []).extend(rows)
+            self._row_count += len(rows)
+            full = self._row_count >= _ROWS_THAT_WAKE
+        self._after_taking(full)
+
+    def call(self, run: str, kind: str, **content: Any) -> None:
+        """Take a call of another kind; `writer.apply` says which there are."""
+        with self._changed:
+            self._add({"kind": kind, "run": run, **content})
+        self._after_taking(False)
+
+    def flush(self, run: str | None, timeout: float) -> bool:
+        """Wait until everything of a run is written.
+
+        Args:
+            run: run id, or None for all runs.
+            timeout: seconds without progress after which to stop waiting.
+
+        Returns:
+            Whether everything is written.
+        """
+        started = time.monotonic()
+        while True:
+            with self._changed:
+                self._seal()
+                waiting = self._has(run)
+                alone = self._nothing_is_out() and self._writes_here_are_cheap()
+                quiet_since = max(started, self._progress)
+                starting = self._child is not None and not self._child.ready and not self._child.gone
+            if not waiting:
+                break
+            # A writer that is still importing MLflow is not a server that doesn't answer.
+            limit = started + _START_SECONDS if starting and not alone else quiet_since + timeout
+            if time.monotonic() > limit:
+                break
+            if alone:
+                self._write_here()
+                continue
+            self._ensure_courier()
+            self._wake.set()
+            with self._changed:
+                if self._has(run):
+                    self._changed.wait(0.1)
+        self._notices.say()
+        return not waiting
+
+    def give_up(self, run: str | None, reason: str = "the tracking server did not take it in time") -> list[Path]:
+        """Move what is left of a run (None: of all) to the spool folder, and say so in a warning."""
+        with self._changed:
+            self._seal()
+            left = [call for call in self._calls.values() if run in (None, call["run"])]
+            if any(call["id"] < self._sent_until for call in left):
+                # Dead, it can't write later what is on disk by then.
+                self._drop_child(kill=True)
+            for call in left:
+                self._forget(call["id"])
+        files = self._to_spool(left, reason)
+        self._notices.say()
+        return files
+
+    def close(self) -> None:
+        """Write what is left, or spool it, and let the writer go."""
+        if not self.flush(None, _AT_EXIT_SECONDS):
+            self.give_up(None)
+        with self._changed:
+            self._closed = True
+            self._drop_child(kill=False)
+        self._wake.set()
+
+    def leave_to_parent(self) -> None:
+        """Let go of the writer in a forked child, without a word to it: it is the parent's."""
+        if self._child is not None:
+            self._child.disown()
+
+    def _after_taking(self, full: bool) -> None:
+        self._ensure_courier()
+        if full:
+            self._wake.set()
+        self._notices.say()
+        if self._row_count + self._kept_rows > _MAX_ROWS_KEPT:
+            self.give_up(None, f"more than {_MAX_ROWS_KEPT:,} metrics are waiting for the tracking server")
+
+    def _add(self, call: Call) -> None:  # with self._changed held
+        call["id"] = self._next_id
+        self._calls[self._next_id] = call
+        self._next_id += 1
+        self._kept_rows += len(call.get("rows", ()))
+
+    def _forget(self, number: int) -> Call | None:  # with self._changed held
+        call = self._calls.pop(number, None)
+        if call is not None:
+            self._kept_rows -= len(call.get("rows", ()))
+            self._progress = time.monotonic()
+            self._changed.notify_all()
+        return call
+
+    def _seal(self) -> None:  # with self._changed held
+        for run, rows in self._rows.items():
+            for start in range(0, len(rows), _MAX_ROWS_A_CALL):
+                self._add({"kind": "metrics", "run": run, "rows": rows[start : start + _MAX_ROWS_A_CALL]})
+        self._rows, self._row_count = {}, 0
+
+    def _has(self, run: str | None) -> bool:  # with self._changed held
+        return bool(self._calls) if run is None else any(c["run"] == run for c in self._calls.values())
+
+    def _nothing_is_out(self) -> bool:  # with self._changed held
+        return not any(number < self._sent_until for number in self._calls)
+
+    def _writes_here_are_cheap(self) -> bool:  # with self._changed held
+        """Tell whether a short run need not wait for the writer's start (a dead server would block us)."""
+        not_ready = self._child is None or not self._child.ready
+        return not_ready and not self._uri.startswith(("http", "databricks", "uc"))
+
+    def _ensure_courier(self) -> None:
+        if self._courier is None:
+            with self._changed:
+                if self._courier is None:
+                    self._courier = threading.Thread(target=self._carry, name="mlflow-courier", daemon=True)
+                    self._courier.start()
+
+    def _carry(self) -> None:
+        while not self._closed:
+            self._wake.wait(_PERIOD_SECONDS)
+            self._wake.clear()
+            with self._changed:
+                self._seal()
+                now = time.monotonic()
+                if self._calls:
+                    self._busy_at = now
+                elif self._child is not None and now - self._busy_at > _IDLE_SECONDS:
+                    self._drop_child(kill=False)
+                anything = bool(self._calls) and not self._closed
+            if anything:
+                self._send()
+
+    def _send(self) -> None:
+        if self._deaths > 1:
+            self._write_here()
+            return
+        with self._delivery:
+            with self._changed:
+                if self._child is None:
+                    try:
+                        self._child = Child(self._uri, self._spool, self._on_answer, self._on_death)
+                    except OSError as error:
+                        self._deaths = 2
+                        self._notices.add(f"the MLflow writer can't be started ({error}); writing from here")
+                        return
+                child = self._child
+                if not child.ready:
+                    return
+                calls = [call for number, call in self._calls.items() if number >= self._sent_until]
+                self._sent_until = self._next_id
+            for call in calls:
+                if not child.send(json.dumps(call)):
+                    return
+
+    def _write_here(self) -> None:
+        with self._delivery:
+            with self._changed:
+                if not self._nothing_is_out():
+                    return
+                calls = list(self._calls.values())
+            try:
+                self._client = self._client or connect(Store(self._uri, None, self._spool.parent / "checkpoints"))
+            except ConfigError as error:
+                self._on_answer({"waiting": str(error)})
+                time.sleep(0.2)
+                return
+            for call in calls:
+                try:
+                    apply(self._client, call)
+                # The same three ways as in the writer: refused, tried again later, done.
+                except Exception as error:
+                    reason = f"{type(error).__name__}: {error}"
+                    if is_hopeless(error):
+                        self._on_answer({"refused": call["id"], "error": reason})
+                        continue
+                    self._on_answer({"waiting": reason})
+                    time.sleep(0.2)
+                    return
+                self._on_answer({"done": call["id"]})
+
+    def _on_answer(self, answer: dict[str, Any]) -> None:
+        refused: Call | None = None
+        with self._changed:
+            if "done" in answer:
+                self._forget(answer["done"])
+                self._waiting_said = False
+            elif "refused" in answer:
+                refused = self._forget(answer["refused"])
+            elif "waiting" in answer and not self._waiting_said:
+                self._waiting_said = True
+                self._notices.add(
+                    f"tracking store does not answer ({first_line(answer['waiting'])}); training goes on, and "
+                    "metrics are kept until it does"
+                )
+            elif "ready" in answer:
+                self._progress = time.monotonic()
+                self._wake.set()
+        if refused is not None:
+            self._to_spool([refused], f"MLflow refused it: {first_line(answer['error'])}", once=True)
+
+    def _on_death(self, child: Child, code: int | None) -> None:
+        with self._changed:
+            if child is not self._child:
+                return
+            self._drop_child(kill=False)
+            self._deaths += 1
+            if self._deaths > 1:
+                self._notices.add(
+                    f"the MLflow writer process ended twice (exit code {code}); metrics are now written from the "
+                    "training process, which costs about 0.2 ms each"
+                )
+        self._wake.set()
+
+    def _drop_child(self, kill: bool) -> None:  # with self._changed held
+        child, self._child = self._child, None
+        # What it had and did not acknowledge goes to the next one.
+        self._sent_until = 0
+        if child is not None:
+            child.end(kill)
+
+    def _to_spool(self, calls: list[Call], reason: str, once: bool = False) -> list[Path]:
+        files = spool(self._spool, calls)
+        # A run deleted in the UI is refused every second: the same file needs one warning.
+        if files and not (once and self._refused_files.issuperset(files)):
+            self._refused_files.update(files)
+            self._notices.kept(calls, files, reason)
+        return files
