@@ -51,7 +51,7 @@ class TrainingCLI(LightningCLI):
         ConfigError: when the configuration does not parse; one line.
     """
 
-    def __init__(self, args: Sequence[str] | Mapping[str, Any] | None = None, *, run: bool = True) -> None:
+    def __init__(self, args: list[str] | dict[str, Any] | None = None, *, run: bool = True) -> None:
         quiet = {"exit_on_error": False}
         super().__init__(
             LightningModule,
@@ -185,7 +185,7 @@ def build(config: Mapping[str, Any]) -> TrainingCLI:
     return TrainingCLI(copy.deepcopy(dict(config)), run=False)
 
 
-def run_training_command(argv: Sequence[str]) -> int:
+def run_training_command(argv: list[str]) -> int:
     """Run `fit`, `validate`, `test` or `predict` with the rest of the words as Lightning's CLI takes them."""
     TrainingCLI(argv)
     return 0

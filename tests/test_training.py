@@ -135,3 +135,19 @@ def test_fit_test_and_predict_from_the_checkpoint(tmp_path: Path, monkeypatch: p
             )
             == 0
         )
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    ["cosine", None, {"class_path": "torch.optim.lr_scheduler.StepLR", "init_args": {"step_size": 3}}],
+)
+def test_a_scheduler_survives_resolving(scheduler: Any) -> None:
+    model = {"class_path": "Classifier", "init_args": {"lr_scheduler": scheduler}}
+    config = resolve(["datamodules/mnist5k.yaml"], {"model": model, **QUIET})
+    resolved = config["model"]["init_args"]["lr_scheduler"]
+    if isinstance(scheduler, dict):
+        assert resolved["class_path"] == scheduler["class_path"]
+        assert resolved["init_args"]["step_size"] == 3
+    else:
+        assert resolved == scheduler
+    assert isinstance(build(config).model, Classifier)

@@ -1,7 +1,7 @@
 """Supervised classification."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule
@@ -69,7 +69,7 @@ class Classifier(LightningModule):
         optimizer: OptimizerCallable = lambda params: torch.optim.SGD(
             params, lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4
         ),
-        lr_scheduler: LRSchedulerCallable | str | None = None,
+        lr_scheduler: Literal["cosine"] | LRSchedulerCallable | None = None,
         label_smoothing: float = 0.0,
     ) -> None:
         super().__init__()

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 # Columns of a terminal.
 _MOST_SHOWN = 5
 _EXAMPLE = """\
-example:
+Example:
   ds-lightning sweep sweeps/mnist5k.yaml --trials 8 --workers 2
 """
 

@@ -1,5 +1,6 @@
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -41,7 +42,7 @@ def test_every_preset_runs_from_any_folder(preset, store, tmp_path, monkeypatch,
     assert "1 complete" in out
     assert content["objective"]["metric"] in out
     best = next(line.split(": ", 1)[1] for line in out.splitlines() if line.startswith("configuration"))
-    assert yaml.safe_load(open(best))["trainer"]["max_epochs"] == 1
+    assert yaml.safe_load(Path(best).read_text())["trainer"]["max_epochs"] == 1
     assert f"ds-lightning fit --config {best}" in out
     assert f"ds-lightning ui --store {store}" in out
 

@@ -56,7 +56,7 @@ def test_a_wrong_sampler_is_refused_with_the_file(content, entry, error):
         ({"name": "medium"}, "pruner: unknown name 'medium'; did you mean 'median'"),
         ({"name": "median", "warmup": 1}, "pruner median: unknown key 'warmup'"),
         ({"name": "percentile"}, "pruner percentile: .*percentile"),
-        ({"name": "median", "n_startup_trials": -1}, "pruner median: .*non-negative"),
+        ({"name": "median", "n_startup_trials": -1}, "pruner median: .*cannot be negative"),
     ],
 )
 def test_a_wrong_pruner_is_refused(entry, error):

@@ -4,7 +4,6 @@ import pickle
 
 import pytest
 import torch
-from conftest import rows_of
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import MLFlowLogger
@@ -12,6 +11,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from stub_server import StubServer
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
+from tracking_helpers import rows_of
 
 from ds_lightning.errors import ConfigError
 from ds_lightning.tracking import MLflowTracker
