@@ -123,10 +123,12 @@ def main() -> None:
         fit(makers["MLflowTracker"](), depth, 30)
         times: dict[str, list[dict[str, float]]] = {name: [] for name in makers}
         arrived: dict[str, list[int]] = {name: [] for name in makers}
-        # Interleaved, so that a busy moment of the machine hits all of them.
+        # Interleaved, so that a busy moment of the machine hits all of them, and in turns: MLflow's asynchronous
+        # threads outlive their logger, and slow down whoever comes next.
+        names = list(makers)
         for repeat in range(arguments.repeats):
-            for name, make in makers.items():
-                logger = make()
+            for name in names[repeat % len(names) :] + names[: repeat % len(names)]:
+                logger = makers[name]()
                 times[name].append(fit(logger, depth, arguments.steps))
                 if logger is not None:
                     arrived[name].append(rows(logger.experiment, logger.run_id))
