@@ -123,8 +123,8 @@ def main() -> None:
         fit(makers["MLflowTracker"](), depth, 30)
         times: dict[str, list[dict[str, float]]] = {name: [] for name in makers}
         arrived: dict[str, list[int]] = {name: [] for name in makers}
-        # Interleaved, so that a busy moment of the machine hits all of them, and in turns: MLflow's asynchronous
-        # threads outlive their logger, and slow down whoever comes next.
+        # Interleaved, so that a busy moment of the machine hits all of them, and in turns: whoever always came
+        # right after the asynchronous logger measured slower.
         names = list(makers)
         for repeat in range(arguments.repeats):
             for name in names[repeat % len(names) :] + names[: repeat % len(names)]:
