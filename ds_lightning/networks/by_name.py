@@ -1,7 +1,6 @@
 """Any network by its name, with the right channels, image size and classes."""
 
 import difflib
-import inspect
 from typing import Any
 
 from torch import nn
@@ -69,18 +68,12 @@ def backbone(
 def _torchvision(
     builder: Any, num_classes: int, in_channels: int, image_size: int | None, options: dict[str, Any]
 ) -> nn.Module:
-    if "image_size" in _parameters_of(builder) and image_size is not None:
+    # Of torchvision's classes only the vision transformer has an image size.
+    if builder.__name__.startswith("vit_") and image_size is not None:
         options = {"image_size": image_size, **options}
     network: nn.Module = builder(num_classes=num_classes, **options)
     _fit_first_convolution(network, in_channels)
     return network
-
-
-def _parameters_of(builder: Any) -> set[str]:
-    # Torchvision's builders take **kwargs for their class; of the classes only the vision transformer
-    # has an image size.
-    names = set(inspect.signature(builder).parameters)
-    return names | ({"image_size"} if builder.__name__.startswith("vit_") else set())
 
 
 def _fit_first_convolution(network: nn.Module, in_channels: int) -> None:

@@ -6,26 +6,10 @@ import jsonargparse
 import lightning.pytorch as L
 import pytest
 import torch
+from squares import Squares, ready
 
 from ds_lightning.datamodules import InMemoryImageData, MNIST5k
 from ds_lightning.errors import ConfigError, DataError
-
-
-class Squares(InMemoryImageData):
-    """Grey squares; the class is the brightness, and each pixel says which image it is."""
-
-    class_names = ("dark", "light", "bright")
-    source = "made up"
-
-    def load(self):
-        images = torch.arange(90, dtype=torch.uint8).view(90, 1, 1, 1).repeat(1, 1, 6, 6)
-        labels = torch.arange(90) % 3
-        return (images[:60], labels[:60]), (images[60:], labels[60:])
-
-
-def ready(data):
-    data.setup()
-    return data
 
 
 def test_the_page_for_users_shows_a_set_that_works():
