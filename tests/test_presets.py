@@ -58,7 +58,8 @@ def test_the_command_lists_and_prints(capsys: pytest.CaptureFixture[str]) -> Non
 def test_the_wheel_carries_the_presets_and_works_elsewhere(tmp_path: Path) -> None:
     # The wheel unpacked beside nothing else: no checkout to fall back on.
     build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(REPOSITORY)]
-    subprocess.run(build, check=True, capture_output=True)
+    built = subprocess.run(build, capture_output=True, text=True)
+    assert built.returncode == 0, built.stdout + built.stderr
     (wheel,) = tmp_path.glob("*.whl")
     site = tmp_path / "site"
     subprocess.run([sys.executable, "-m", "zipfile", "-e", str(wheel), str(site)], check=True)
