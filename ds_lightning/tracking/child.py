@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,8 @@ class Child:
 
     Args:
         uri: tracking URI; goes over the pipe, because it may hold a password.
-        spool: folder for what the writer can't send after this process has gone.
+        spool: folder for what the writer can't send.
+        pending: runs whose spool the writer is to send first.
         on_answer: called with each answer, on a thread.
         on_death: called with this handle and the exit code when the process ended, on a thread.
 
@@ -30,6 +31,7 @@ class Child:
         self,
         uri: str,
         spool: Path,
+        pending: Sequence[str],
         on_answer: Callable[[dict[str, Any]], None],
         on_death: Callable[["Child", int | None], None],
     ) -> None:
@@ -52,8 +54,9 @@ class Child:
             env=_environment(),
         )
         _widen(self._process)
-        self.send(json.dumps({"uri": uri, "spool": str(spool)}))
-        threading.Thread(target=self._listen, name="mlflow-answers", daemon=True).start()
+        self.send(json.dumps({"uri": uri, "spool": str(spool), "pending": list(pending)}))
+        self._listener = threading.Thread(target=self._listen, name="mlflow-answers", daemon=True)
+        self._listener.start()
 
     @property
     def pid(self) -> int:
@@ -81,6 +84,11 @@ class Child:
         with contextlib.suppress(OSError):
             assert self._process.stdin is not None
             self._process.stdin.close()
+
+    def hear_out(self) -> None:
+        """Wait until every answer of a killed process has been taken."""
+        if threading.current_thread() is not self._listener:
+            self._listener.join()
 
     def disown(self) -> None:
         """Close this process's copies of the pipes, in a forked child: they would keep the writer waiting."""
@@ -120,8 +128,9 @@ def _environment() -> dict[str, str]:
     environment = dict(os.environ)
     found = environment.get("PYTHONPATH")
     environment["PYTHONPATH"] = os.pathsep.join([str(_SOURCE_ROOT), *([found] if found else [])])
-    # The writer has its own retries; MLflow's would hold one call for minutes.
-    environment.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    # The writer has its own retries; MLflow's would hold one call for minutes, and send rows twice whose answer
+    # was lost.
+    environment["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "0"
     environment.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
     # Usage is already counted in the training process.
     environment.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")

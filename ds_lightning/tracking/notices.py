@@ -3,7 +3,6 @@
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 
 class Notices:
@@ -16,13 +15,12 @@ class Notices:
         """Take a message."""
         self._messages.append(message)
 
-    def kept(self, calls: Sequence[dict[str, Any]], files: Sequence[Path], reason: str) -> None:
+    def kept(self, metrics: int, others: int, files: Sequence[Path], reason: str) -> None:
         """Take the message that calls are on disk and not in MLflow."""
-        rows = sum(len(call.get("rows", ())) for call in calls)
-        others = sum(call["kind"] != "metrics" for call in calls)
         self.add(
-            f"{rows} metrics and {others} other calls were not written to MLflow ({reason}); they are kept in "
+            f"{metrics} metrics and {others} other calls were not written to MLflow ({reason}); they are kept in "
             + ", ".join(str(file) for file in files)
+            + "; `ds-lightning tracking replay` sends them"
         )
 
     def say(self) -> None:

@@ -4,22 +4,17 @@ import json
 import threading
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ds_lightning.errors import ConfigError
+from ds_lightning.tracking.calls import MAX_ROWS_A_CALL
 from ds_lightning.tracking.child import Child
+from ds_lightning.tracking.direct import DirectWriter
+from ds_lightning.tracking.kept import Kept
 from ds_lightning.tracking.notices import Notices, first_line
-from ds_lightning.tracking.spool import spool
-from ds_lightning.tracking.store import Store, connect
-from ds_lightning.tracking.writer import apply, is_hopeless
-
-if TYPE_CHECKING:
-    from mlflow import MlflowClient
 
 Row = tuple[str, float, int, int]
 Call = dict[str, Any]
 
-_MAX_ROWS_A_CALL = 1000
 _ROWS_THAT_WAKE = 500
 _PERIOD_SECONDS = 1.0
 _IDLE_SECONDS = 120.0
@@ -32,10 +27,10 @@ _MAX_ROWS_KEPT = 500_000
 class Outbox:
     """Everything that goes to one tracking store, from all threads and runs of this process.
 
-    A call is kept until the writer has acknowledged it. If the writer dies it is started once more and gets
-    what was not acknowledged; a call that had been written but not acknowledged is written again, which
-    changes nothing (a metric's row is its own primary key in MLflow's databases). If it dies twice, the
-    courier thread writes from this process.
+    A call is kept until the writer has written it or, in an outage, put it on disk. If the writer dies it is
+    started once more and gets what was not acknowledged; a call that had been written but not acknowledged is
+    written again, which changes nothing (a metric's row is its own primary key in MLflow's databases). If it dies
+    twice, the courier thread writes from this process.
 
     Args:
         uri: tracking URI.
@@ -61,8 +56,8 @@ class Outbox:
         self._busy_at = 0.0
         self._waiting_said = False
         self._notices = Notices()
-        self._refused_files: set[Path] = set()
-        self._client: MlflowClient | None = None
+        self._kept = Kept(spool, self._notices)
+        self._direct = DirectWriter(uri, spool, self._on_answer)
 
     def metrics(self, run: str, rows: list[Row]) -> None:
         """Take rows for a run; costs microseconds."""
@@ -73,7 +68,7 @@ class Outbox:
         self._after_taking(full)
 
     def call(self, run: str, kind: str, **content: Any) -> None:
-        """Take a call of another kind; `writer.apply` says which there are."""
+        """Take a call of another kind; `calls.apply` says which there are."""
         with self._changed:
             self._add({"kind": kind, "run": run, **content})
         self._after_taking(False)
@@ -93,7 +88,7 @@ class Outbox:
             with self._changed:
                 self._seal()
                 waiting = self._has(run)
-                alone = self._nothing_is_out() and self._writes_here_are_cheap()
+                alone = self._nothing_is_out() and not self._kept.has(None) and self._writes_here_are_cheap()
                 quiet_since = max(started, self._progress)
                 starting = self._child is not None and not self._child.ready and not self._child.gone
             if not waiting:
@@ -115,17 +110,30 @@ class Outbox:
 
     def give_up(self, run: str | None, reason: str = "the tracking server did not take it in time") -> list[Path]:
         """Move what is left of a run (None: of all) to the spool folder, and say so in a warning."""
-        with self._changed:
-            self._seal()
-            left = [call for call in self._calls.values() if run in (None, call["run"])]
-            if any(call["id"] < self._sent_until for call in left):
-                # Dead, it can't write later what is on disk by then.
-                self._drop_child(kill=True)
-            for call in left:
-                self._forget(call["id"])
-        files = self._to_spool(left, reason)
+        files = self._give_up(run, reason)
         self._notices.say()
         return files
+
+    def _give_up(self, run: str | None, reason: str) -> list[Path]:
+        with self._changed:
+            self._seal()
+            child = None if self._nothing_is_out(run) else self._child
+            if child is not None:
+                # Dead, it can't write later what is on disk by then.
+                self._drop_child(kill=True)
+        if child is not None:
+            child.hear_out()
+        with self._changed:
+            left = [call for call in self._calls.values() if run in (None, call["run"])]
+            for call in left:
+                self._forget(call["id"])
+            runs = self._kept.give_up(run, left)
+        return self._kept.keep(left, runs, reason)
+
+    def spool_first(self, run: str) -> None:
+        """Let the writer send what an earlier process spooled of a run before anything else of it."""
+        with self._changed:
+            self._kept.given_up[run] = None
 
     def close(self) -> None:
         """Write what is left, or spool it, and let the writer go."""
@@ -146,8 +154,6 @@ class Outbox:
         if full:
             self._wake.set()
         self._notices.say()
-        if self._row_count + self._kept_rows > _MAX_ROWS_KEPT:
-            self.give_up(None, f"more than {_MAX_ROWS_KEPT:,} metrics are waiting for the tracking server")
 
     def _add(self, call: Call) -> None:  # with self._changed held
         call["id"] = self._next_id
@@ -165,15 +171,19 @@ class Outbox:
 
     def _seal(self) -> None:  # with self._changed held
         for run, rows in self._rows.items():
-            for start in range(0, len(rows), _MAX_ROWS_A_CALL):
-                self._add({"kind": "metrics", "run": run, "rows": rows[start : start + _MAX_ROWS_A_CALL]})
+            for start in range(0, len(rows), MAX_ROWS_A_CALL):
+                self._add({"kind": "metrics", "run": run, "rows": rows[start : start + MAX_ROWS_A_CALL]})
         self._rows, self._row_count = {}, 0
 
     def _has(self, run: str | None) -> bool:  # with self._changed held
-        return bool(self._calls) if run is None else any(c["run"] == run for c in self._calls.values())
+        if run is None:
+            return bool(self._calls) or self._kept.has(None)
+        return self._kept.has(run) or any(c["run"] == run for c in self._calls.values())
 
-    def _nothing_is_out(self) -> bool:  # with self._changed held
-        return not any(number < self._sent_until for number in self._calls)
+    def _nothing_is_out(self, run: str | None = None) -> bool:  # with self._changed held
+        if self._child is not None and self._kept.has(run):
+            return False
+        return not any(n < self._sent_until and run in (None, call["run"]) for n, call in self._calls.items())
 
     def _writes_here_are_cheap(self) -> bool:  # with self._changed held
         """Tell whether a short run need not wait for the writer's start (a dead server would block us)."""
@@ -194,12 +204,15 @@ class Outbox:
             with self._changed:
                 self._seal()
                 now = time.monotonic()
-                if self._calls:
+                if self._has(None):
                     self._busy_at = now
                 elif self._child is not None and now - self._busy_at > _IDLE_SECONDS:
                     self._drop_child(kill=False)
-                anything = bool(self._calls) and not self._closed
-            if anything:
+                anything = self._has(None) and not self._closed
+                too_many = self._kept_rows > _MAX_ROWS_KEPT
+            if too_many:
+                self._give_up(None, f"more than {_MAX_ROWS_KEPT:,} metrics are waiting for the tracking server")
+            elif anything:
                 self._send()
 
     def _send(self) -> None:
@@ -210,7 +223,8 @@ class Outbox:
             with self._changed:
                 if self._child is None:
                     try:
-                        self._child = Child(self._uri, self._spool, self._on_answer, self._on_death)
+                        pending = self._kept.pending()
+                        self._child = Child(self._uri, self._spool, pending, self._on_answer, self._on_death)
                     except OSError as error:
                         self._deaths = 2
                         self._notices.add(f"the MLflow writer can't be started ({error}); writing from here")
@@ -229,46 +243,42 @@ class Outbox:
             with self._changed:
                 if not self._nothing_is_out():
                     return
-                calls = list(self._calls.values())
-            try:
-                self._client = self._client or connect(Store(self._uri, None, self._spool.parent / "checkpoints"))
-            except ConfigError as error:
-                self._on_answer({"waiting": str(error)})
-                time.sleep(0.2)
-                return
-            for call in calls:
-                try:
-                    apply(self._client, call)
-                # The same three ways as in the writer: refused, tried again later, done.
-                except Exception as error:
-                    reason = f"{type(error).__name__}: {error}"
-                    if is_hopeless(error):
-                        self._on_answer({"refused": call["id"], "error": reason})
-                        continue
-                    self._on_answer({"waiting": reason})
-                    time.sleep(0.2)
-                    return
-                self._on_answer({"done": call["id"]})
+                runs, calls = self._kept.pending(), list(self._calls.values())
+            self._direct.write(runs, calls)
 
     def _on_answer(self, answer: dict[str, Any]) -> None:
-        refused: Call | None = None
+        refused, left = None, False
         with self._changed:
             if "done" in answer:
                 self._forget(answer["done"])
                 self._waiting_said = False
+            elif "spooled" in answer:
+                for number in answer["spooled"]:
+                    if (call := self._forget(number)) is not None:
+                        self._kept.waited_for[call["run"]] = None
+            elif "sent" in answer or "progress" in answer:
+                self._progress, self._waiting_said = time.monotonic(), False
+                self._kept.forget(answer.get("sent"))
+                self._changed.notify_all()
+            elif "left" in answer:
+                left = self._kept.forget(answer["left"])
+                self._changed.notify_all()
+            elif "notice" in answer:
+                self._notices.add(answer["notice"])
             elif "refused" in answer:
                 refused = self._forget(answer["refused"])
             elif "waiting" in answer and not self._waiting_said:
                 self._waiting_said = True
-                self._notices.add(
-                    f"tracking store does not answer ({first_line(answer['waiting'])}); training goes on, and "
-                    "metrics are kept until it does"
-                )
+                said = "training goes on, and metrics are kept until it does"
+                self._notices.add(f"tracking store does not answer ({first_line(answer['waiting'])}); {said}")
             elif "ready" in answer:
                 self._progress = time.monotonic()
                 self._wake.set()
+        reason = f"MLflow refused it: {first_line(answer.get('error', ''))}"
+        if left:
+            self._kept.keep([], [answer["left"]], reason)
         if refused is not None:
-            self._to_spool([refused], f"MLflow refused it: {first_line(answer['error'])}", once=True)
+            self._kept.keep_refused(refused, reason)
 
     def _on_death(self, child: Child, code: int | None) -> None:
         with self._changed:
@@ -277,10 +287,8 @@ class Outbox:
             self._drop_child(kill=False)
             self._deaths += 1
             if self._deaths > 1:
-                self._notices.add(
-                    f"the MLflow writer process ended twice (exit code {code}); metrics are now written from the "
-                    "training process, which costs about 0.2 ms each"
-                )
+                said = "metrics are now written from the training process, which costs about 0.2 ms each"
+                self._notices.add(f"the MLflow writer process ended twice (exit code {code}); {said}")
         self._wake.set()
 
     def _drop_child(self, kill: bool) -> None:  # with self._changed held
@@ -289,11 +297,3 @@ class Outbox:
         self._sent_until = 0
         if child is not None:
             child.end(kill)
-
-    def _to_spool(self, calls: list[Call], reason: str, once: bool = False) -> list[Path]:
-        files = spool(self._spool, calls)
-        # A run deleted in the UI is refused every second: the same file needs one warning.
-        if files and not (once and self._refused_files.issuperset(files)):
-            self._refused_files.update(files)
-            self._notices.kept(calls, files, reason)
-        return files

@@ -1,6 +1,8 @@
 """Open a run: a new one, one to go on with, or the one that a copy of the tracker made."""
 
 import base64
+import time
+import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -8,6 +10,8 @@ from ds_lightning.errors import ConfigError
 from ds_lightning.tracking.outbox import Outbox, Row
 from ds_lightning.tracking.outboxes import outbox
 from ds_lightning.tracking.params import BATCH, Params
+from ds_lightning.tracking.replaying import ReplayedRun, replay_run, say_replayed
+from ds_lightning.tracking.spool import runs_waiting
 from ds_lightning.tracking.store import Store, connect, experiment_id
 
 if TYPE_CHECKING:
@@ -77,7 +81,7 @@ class Run:
     def status(self, status: str) -> None:
         """Set the status when the calls before it are through."""
         self.finished = status != "RUNNING"
-        self.outbox.call(self.run_id, "status", status=status)
+        self.outbox.call(self.run_id, "status", status=status, time=int(time.time() * 1000))
 
     def correct(self, status: str, tags: Mapping[str, str]) -> None:
         """Change status and tags of a run that is over, at once; its end time stays."""
@@ -111,6 +115,7 @@ def open_run(
     from mlflow.tracking.context.registry import resolve_tags
 
     client = connect(store)
+    _look_into_spool(store, client, run_id)
     try:
         if run_id is not None:
             return _go_on(store, client, run_id)
@@ -135,3 +140,21 @@ def _go_on(store: Store, client: "MlflowClient", run_id: str) -> Run:
     found = Run(store, client, run_id, run.info.experiment_id, run.data.params, max(steps, default=-1) + 1)
     found.finished = run.info.status != "RUNNING"
     return found
+
+
+def _look_into_spool(store: Store, client: "MlflowClient", run_id: str | None) -> None:
+    """Send what an earlier process could not send of the run to go on with, and say what else waits."""
+    waiting = runs_waiting(store.spool)
+    if run_id in waiting:
+        result = ReplayedRun(run_id)
+        replay_run(client, store.uri, store.spool, result)
+        for line in say_replayed([result]):
+            warnings.warn(line, RuntimeWarning, stacklevel=3)
+        if result.left is not None:
+            outbox(store.uri, store.spool).spool_first(run_id)
+    if others := len(waiting) - (run_id in waiting):
+        warnings.warn(
+            f"{others} other runs wait in {store.spool}; `ds-lightning tracking replay` sends them",
+            RuntimeWarning,
+            stacklevel=3,
+        )

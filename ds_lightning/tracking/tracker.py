@@ -1,6 +1,7 @@
 """The logger: plugs into any Trainer, writes to MLflow from a process of its own."""
 
 import copy
+import sys
 import uuid
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
@@ -16,7 +17,7 @@ from lightning.pytorch.loggers.logger import Logger
 from lightning_utilities.core.rank_zero import rank_zero_only
 from torch import Tensor, nn
 
-from ds_lightning.errors import ConfigError
+from ds_lightning.errors import ConfigError, Preempted
 from ds_lightning.tracking.checkpoints import BestCheckpoint
 from ds_lightning.tracking.curves import Curves
 from ds_lightning.tracking.dataset import TrainingData
@@ -234,7 +235,8 @@ class MLflowTracker(MLFlowLogger):
         """Write everything, upload the best checkpoint and set the run's status.
 
         Args:
-            status: `success` and `finished` become FINISHED, `failed` FAILED, `killed` KILLED.
+            status: `success` and `finished` become FINISHED, `failed` FAILED, `killed` KILLED. What Lightning calls
+                failed because a signal stopped it is KILLED, with the tag `ds_lightning.preempted`.
         """
         run = self._opened
         if run is None:
@@ -246,6 +248,8 @@ class MLflowTracker(MLFlowLogger):
         self._log_dataset()
         self._log_curves()
         path, tags = self._best.find()
+        if isinstance(stop := sys.exception(), Preempted):
+            status, tags = "killed", {**tags, "ds_lightning.preempted": stop.signal_name}
         run.tags(tags)
         run.finished, final = True, _STATUS.get(status, status.upper())
         if not run.outbox.flush(run.run_id, self._flush_timeout):

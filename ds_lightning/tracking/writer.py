@@ -2,147 +2,191 @@
 
 MLflow's database store is about 0.1 to 0.2 ms of pure Python a metric. On a thread that holds the GIL, so the
 training thread waits; in a process of its own it costs training nothing. Calls come in on stdin and answers go
-out on stdout, one JSON object a line. The first line is `{"uri": ..., "spool": ...}`.
+out on stdout, one JSON object a line. The first line is `{"uri": ..., "spool": ..., "pending": [run, ...]}`,
+where pending are runs whose spool is to be sent before anything else.
 
 Answers: `{"ready": true}` once MLflow is imported, then for each call `{"done": id}`, or
 `{"refused": id, "error": ...}` for a call that can't ever succeed. `{"waiting": error}` says that the server
 doesn't answer and the call is tried again.
 
+An outage: when a call has not been answered for two seconds, it and all that come after it go to the spool on
+disk (`{"spooled": [id, ...]}`), so that a death of both processes loses nothing that came in. From then on the
+spool is the queue, sent in order; `{"progress": run}` after each batch, `{"sent": run}` when a run's is empty,
+`{"left": run, "error": ...}` when it can't be sent, `{"notice": text}` for anything else to be said.
+
 When stdin ends (the training process finished or was killed) it writes what it has, and exits.
 """
 
-import base64
 import contextlib
 import json
 import os
-import queue
 import signal
 import sys
-import tempfile
 import threading
 import time
 import warnings
+from collections import deque
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from ds_lightning.tracking.spool import spool
+from filelock import Timeout
+
+from ds_lightning.tracking.calls import apply, is_hopeless, without_known
+from ds_lightning.tracking.replaying import ReplayedRun, drain
+from ds_lightning.tracking.spool import runs_waiting, spool
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 _FIRST_DELAY = 0.2
-_LONGEST_DELAY = 15.0
+# A server that is back is found soon; one request every two seconds costs nobody anything.
+_LONGEST_DELAY = 2.0
 # How long a dead server is tried after the training process has gone.
 _LAST_EFFORT_SECONDS = 20.0
-
-_HOPELESS = {
-    "BAD_REQUEST",
-    "ENDPOINT_NOT_FOUND",
-    "INVALID_PARAMETER_VALUE",
-    "INVALID_STATE",
-    "NOT_FOUND",
-    "PERMISSION_DENIED",
-    "RESOURCE_DOES_NOT_EXIST",
-    "UNAUTHENTICATED",
-}
-
-
-def apply(client: "MlflowClient", call: dict[str, Any]) -> None:
-    """Make one call to MLflow.
-
-    Args:
-        client: a client of the tracking store.
-        call: `kind` and `run`, and for metrics `rows` (at most 1,000 of key, value, timestamp, step); for
-            params and tags `items` (at most 100 of key, value); for an artifact `path` and `data` (base64);
-            for a dataset `dataset` and `context`; for status `status`.
-    """
-    from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
-
-    run, kind = call["run"], call["kind"]
-    if kind == "metrics":
-        client.log_batch(run, metrics=[Metric(*row) for row in call["rows"]], synchronous=True)
-    elif kind == "params":
-        client.log_batch(run, params=[Param(*item) for item in call["items"]], synchronous=True)
-    elif kind == "tags":
-        client.log_batch(run, tags=[RunTag(*item) for item in call["items"]], synchronous=True)
-    elif kind == "artifact":
-        folder, _, name = call["path"].rpartition("/")
-        with tempfile.TemporaryDirectory() as temporary:
-            file = Path(temporary, name)
-            file.write_bytes(base64.b64decode(call["data"]))
-            client.log_artifact(run, str(file), folder or None)
-    elif kind == "dataset":
-        tags = [InputTag("mlflow.data.context", call["context"])]
-        client.log_inputs(run, [DatasetInput(Dataset(**call["dataset"]), tags)])
-    elif kind == "status" and call["status"] == "RUNNING":
-        client.update_run(run, status="RUNNING")
-    elif kind == "status":
-        client.set_terminated(run, call["status"])
-    else:
-        raise ValueError(f"unknown kind of call {kind!r}")
-
-
-def is_hopeless(error: Exception) -> bool:
-    """Tell whether a failed call would fail again: a rejected value, not a server that is away."""
-    from mlflow.exceptions import MlflowException
-
-    if isinstance(error, MlflowException):
-        return error.error_code in _HOPELESS
-    return not isinstance(error, OSError)
+# How long a call may go unanswered before it and those behind it are put on disk.
+_PATIENCE_SECONDS = 2.0
+_SPOOL_PERIOD_SECONDS = 0.5
 
 
 class _Writer:
     def __init__(self, source: BinaryIO, sink: BinaryIO) -> None:
         self._source, self._sink = source, sink
-        self._calls: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
-        self._ended = threading.Event()
-        self._ended_at = 0.0
+        self._sink_lock = threading.Lock()
+        # Guards the calls in memory and the runs that are in the spool: a call is in one of the two.
+        self._changed = threading.Condition()
+        self._calls: deque[dict[str, Any]] = deque()
+        self._spooled: dict[str, None] = {}
+        self._tried_since: float | None = None
+        self._ended_at: float | None = None
+        self._finished = False
 
     def run(self) -> None:
         settings = json.loads(self._source.readline())
-        self._spool = Path(settings["spool"])
+        self._uri, self._spool = settings["uri"], Path(settings["spool"])
+        self._spooled.update(dict.fromkeys(settings["pending"]))
         threading.Thread(target=self._read, daemon=True).start()
         from mlflow import MlflowClient
 
-        client = MlflowClient(settings["uri"])
+        client = MlflowClient(self._uri)
+        keeper = threading.Thread(target=self._keep)
+        keeper.start()
         self._answer({"ready": True})
-        while (call := self._calls.get()) is not None:
-            self._deliver(client, call)
+        try:
+            self._work(client)
+        finally:
+            with self._changed:
+                self._finished = True
+                self._changed.notify_all()
+            keeper.join()
 
     def _read(self) -> None:
         for line in self._source:
             # A line without its end was cut by the death of the training process.
             if line.endswith(b"\n"):
-                self._calls.put(json.loads(line))
-        self._ended_at = time.monotonic()
-        self._ended.set()
-        self._calls.put(None)
+                with self._changed:
+                    self._calls.append(json.loads(line))
+                    self._changed.notify_all()
+        with self._changed:
+            self._ended_at = time.monotonic()
+            self._changed.notify_all()
 
-    def _deliver(self, client: "MlflowClient", call: dict[str, Any]) -> None:
-        delay = _FIRST_DELAY
+    def _keep(self) -> None:
+        """Put calls on disk while the server is away; a thread of its own, as a request may hang for long."""
         while True:
-            try:
-                apply(client, call)
-            # Whatever it is, it is answered, retried or spooled below.
-            except Exception as error:
-                reason = f"{type(error).__name__}: {error}"
-                late = self._ended.is_set() and time.monotonic() - self._ended_at > _LAST_EFFORT_SECONDS
-                if is_hopeless(error) or late:
-                    if self._ended.is_set():
-                        spool(self._spool, [call])
-                    self._answer({"refused": call["id"], "error": reason})
+            with self._changed:
+                finished = self._finished
+                now = time.monotonic()
+                slow = self._tried_since is not None and now - self._tried_since > _PATIENCE_SECONDS
+                if self._calls and (self._spooled or slow or finished):
+                    self._move_to_spool()
+                if finished:
                     return
-                self._answer({"waiting": reason})
-                if self._ended.wait(delay):
-                    time.sleep(min(delay, 1.0))
+                self._changed.wait_for(lambda: self._finished, _SPOOL_PERIOD_SECONDS)
+
+    def _move_to_spool(self) -> None:  # with self._changed held
+        calls = list(self._calls)
+        try:
+            spool(self._spool, calls)
+        except OSError as error:  # a full disk: the calls stay in memory
+            self._answer({"waiting": f"and the spool can't be written ({error})"})
+            return
+        self._calls.clear()
+        self._tried_since = None
+        self._spooled.update(dict.fromkeys(call["run"] for call in calls))
+        self._answer({"spooled": [call["id"] for call in calls]})
+
+    def _work(self, client: "MlflowClient") -> None:
+        delay, in_doubt = _FIRST_DELAY, False
+        while not self._late():
+            with self._changed:
+                self._changed.wait_for(lambda: self._calls or self._spooled or self._ended_at is not None)
+                run = next(iter(self._spooled), None)
+                call = self._calls[0] if self._calls and run is None else None
+                if run is None and call is None:
+                    return
+                if call is not None and self._tried_since is None:
+                    self._tried_since = time.monotonic()
+            try:
+                if run is not None:
+                    self._replay(client, run)
+                else:
+                    assert call is not None
+                    self._deliver(client, call, in_doubt)
+                delay, in_doubt = _FIRST_DELAY, False
+            # Whatever it is, the call stays where it is, and is tried again.
+            except Exception as error:
+                in_doubt = True
+                self._answer({"waiting": f"{type(error).__name__}: {error}"})
+                time.sleep(min(delay, 1.0) if self._ended_at is not None else delay)
                 delay = min(2 * delay, _LONGEST_DELAY)
-            else:
-                self._answer({"done": call["id"]})
+
+    def _late(self) -> bool:
+        return self._ended_at is not None and time.monotonic() - self._ended_at > _LAST_EFFORT_SECONDS
+
+    def _deliver(self, client: "MlflowClient", call: dict[str, Any], in_doubt: bool) -> None:
+        answer: dict[str, Any] = {"done": call["id"]}
+        try:
+            apply(client, without_known(client, call, self._uri) if in_doubt else call)
+        except Exception as error:
+            if not is_hopeless(error):
+                raise
+            answer = {"refused": call["id"], "error": f"{type(error).__name__}: {error}"}
+        with self._changed:
+            self._tried_since = None
+            if not self._calls or self._calls[0] is not call:
+                return  # it was put on disk meanwhile; the replay asks the server whether it has it
+            self._calls.popleft()
+            if "refused" in answer and self._ended_at is not None:
+                spool(self._spool, [call])
+        self._answer(answer)
+
+    def _replay(self, client: "MlflowClient", run: str) -> None:
+        result = ReplayedRun(run)
+        try:
+            drain(client, self._uri, self._spool, result, lambda: self._answer({"progress": run}))
+        except Timeout:
+            raise OSError("another process is sending this run's spool") from None
+        except Exception as error:
+            if not is_hopeless(error):
+                raise
+            result.left = f"{type(error).__name__}: {error}"
+        finally:
+            for notice in result.notices:
+                self._answer({"notice": f"run {run}: {notice}"})
+        with self._changed:
+            # More may have come to the spool since.
+            if result.left is None and run in self._spooled and self._has_more(run):
                 return
+            self._spooled.pop(run, None)
+            # With the lock held: it must not overtake the next "spooled".
+            self._answer({"sent": run} if result.left is None else {"left": run, "error": result.left})
+
+    def _has_more(self, run: str) -> bool:
+        return run in runs_waiting(self._spool)
 
     def _answer(self, answer: dict[str, Any]) -> None:
         # Nobody listens any more when the training process was killed; the calls are still written.
-        with contextlib.suppress(BrokenPipeError):
+        with contextlib.suppress(BrokenPipeError), self._sink_lock:
             self._sink.write(json.dumps(answer).encode() + b"\n")
             self._sink.flush()
 

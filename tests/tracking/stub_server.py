@@ -1,16 +1,29 @@
-"""A tracking server of a few lines that can be switched off."""
+"""A tracking server of a few lines that can be switched off; also a process: `stub_server.py PORT FILE [DELAY]`."""
 
 import json
+import sys
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qs, urlsplit
 
 
 class StubServer:
-    """Knows one experiment and one run; keeps the metrics it is sent."""
+    """Knows one experiment and one run; keeps every row it is sent, also one that it has.
 
-    def __init__(self, artifacts: str) -> None:
-        self.rows: list[dict[str, Any]] = []
+    Args:
+        artifacts: artifact location.
+        port: 0 takes any.
+        file: rows are also appended to it, before they are acknowledged, and read from it at the start.
+        delay: seconds before the answer to a batch.
+    """
+
+    def __init__(self, artifacts: str, port: int = 0, file: Path | None = None, delay: float = 0.0) -> None:
+        self.rows: list[dict[str, Any]] = [] if file is None else rows_in(file)
+        self.swallow = 0
+        lock = threading.Lock()
         self.status = "RUNNING"
         self.broken = False
         stub = self
@@ -26,8 +39,20 @@ class StubServer:
                     result = {"experiment": experiment}
                 elif path.endswith(("runs/create", "runs/get")):
                     result = {"run": {"info": {**info, "status": stub.status}, "data": {}}}
+                elif path.endswith("metrics/get-history"):
+                    key = parse_qs(urlsplit(self.path).query).get("metric_key", [body.get("metric_key")])[0]
+                    result = {"metrics": [row for row in stub.rows if row["key"] == key]}
                 elif path.endswith("runs/log-batch") and not stub.broken:
-                    stub.rows.extend(body.get("metrics", []))
+                    with lock:
+                        stub.rows.extend(body.get("metrics", []))
+                        if file is not None and body.get("metrics"):
+                            with file.open("a") as out:
+                                out.write(json.dumps(body["metrics"]) + "\n")
+                    time.sleep(delay)
+                    if stub.swallow:
+                        stub.swallow -= 1
+                        self.close_connection = True
+                        return
                 elif path.endswith("runs/update"):
                     stub.status = body["status"]
                     result = {"run_info": {**info, "status": stub.status}}
@@ -48,7 +73,7 @@ class StubServer:
             def log_message(self, *_: Any) -> None:
                 return
 
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
         self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
         self._thread.start()
         self.uri = f"http://127.0.0.1:{self._server.server_port}"
@@ -57,3 +82,16 @@ class StubServer:
         """Close the port: connections are refused from now on."""
         self._server.shutdown()
         self._server.server_close()
+
+
+def rows_in(file: Path) -> list[dict[str, Any]]:
+    """Read the rows that a server process has kept; a batch is one line, whole or not at all."""
+    if not file.exists():
+        return []
+    return [row for line in file.read_text().splitlines() for row in json.loads(line)]
+
+
+if __name__ == "__main__":
+    StubServer("/nonexistent", int(sys.argv[1]), Path(sys.argv[2]), float(sys.argv[3]) if sys.argv[3:] else 0.0)
+    print("ready", flush=True)
+    threading.Event().wait()
