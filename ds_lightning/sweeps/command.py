@@ -5,6 +5,7 @@ import shlex
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from ds_lightning.allowlist import allow_packages
 from ds_lightning.presets import find_config
 
 if TYPE_CHECKING:
@@ -32,6 +33,13 @@ def sweep_parser() -> argparse.ArgumentParser:
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes side by side (1)")
     parser.add_argument("--timeout", type=float, metavar="S", help="begin no trial after S seconds")
     parser.add_argument("--study", metavar="NAME", help="go on with this study")
+    parser.add_argument(
+        "--allow",
+        action="append",
+        default=[],
+        metavar="PACKAGE",
+        help="a package whose classes the files may name, beside the usual ones; may be repeated",
+    )
     parser.add_argument("--store", metavar="FOLDER_OR_URI", help="MLflow store (default: ./mlruns)")
     return parser
 
@@ -50,6 +58,7 @@ def run_sweep_command(argv: Sequence[str]) -> int:
     """
     options = sweep_parser().parse_args(argv)
     path = find_config(options.file)
+    allow_packages(options.allow)
     from ds_lightning.sweeps.sweep import Sweep
 
     sweep = Sweep.from_yaml(path, store=options.store)

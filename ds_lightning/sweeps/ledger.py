@@ -1,17 +1,18 @@
 """The book of a running sweep: which trials were given out, how each ended, and when to stop."""
 
-import os
-import socket
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from textwrap import shorten
 from typing import Any, Protocol
 
 import optuna
-import psutil
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import TrialState
 
 from ds_lightning.errors import ConfigError
+from ds_lightning.sweeps import retries
+from ds_lightning.sweeps.processes import end_processes, this_process
+from ds_lightning.sweeps.retries import RETRY_OF, is_left_over
 from ds_lightning.sweeps.runs import StudyRuns
 from ds_lightning.sweeps.spec import SweepSpec
 from ds_lightning.sweeps.trial import TrialOutcome, TrialTask
@@ -79,6 +80,8 @@ class Ledger:
         """Give out the next trial; None when there is none to give."""
         if self.stop_reason is not None or not self.wants_more:
             return None
+        if killed := retries.pending(self.study, self.spec.max_retries):
+            retries.enqueue(self.study, killed[0])
         trial = self.study.ask()
         trial.set_user_attr("process", this_process())
         try:
@@ -104,6 +107,7 @@ class Ledger:
             store=self._store,
             parent_run_id=self.runs.parent_id,
             quiet=self._quiet,
+            retry_of=trial.user_attrs.get(RETRY_OF),
         )
 
     def report(self, number: int, step: int, value: float) -> bool:
@@ -113,28 +117,40 @@ class Ledger:
         self._reporter.report(number, step, value)
         return bool(trial.should_prune())
 
-    def close_trial(self, number: int, outcome: TrialOutcome) -> None:
-        """Book a trial's end."""
+    def close_trial(self, number: int, outcome: TrialOutcome) -> bool:
+        """Book a trial's end; returns whether it will be tried again."""
         trial, params, started = self._open[number]
         run_id = outcome.run_id
         if run_id is None or outcome.state == "FAIL":
             # Also where the trial has closed its run: an interrupt may have come before its parameters.
-            run_id = self.runs.fail(number, params, outcome.error, run_id)
+            run_id = self.runs.fail(number, params, outcome.error, run_id, retry_tags(trial.user_attrs))
         if outcome.details:
             self.runs.text(outcome.details, "error.txt", run_id)
         trial.set_user_attr("mlflow.run_id", run_id)
         if outcome.error:
             trial.set_user_attr("error", outcome.error)
+        again = outcome.from_outside and retries.tries_left(trial.user_attrs, self.spec.max_retries)
+        counts = not again and not (outcome.killed and _replaceable(self.spec))
+        if not counts:
+            retries.mark_dead(self.study, number)
         tell(self.study, trial, TrialState[outcome.state], outcome.values)
         del self._open[number]
-        self._reporter.finished(number, outcome, params, time.monotonic() - started)
-        if not outcome.interrupted:
+        if not counts and self._left is not None:
+            self._left += 1
+        self._reporter.finished(number, replace(outcome, counts=counts), params, time.monotonic() - started)
+        if not again and not outcome.interrupted:
             self._ends.append(outcome)
             self._consider_stopping(number, outcome)
+        return again
 
-    def abandon(self, number: int, reason: str, interrupted: bool = False) -> None:
-        """Book the end of a trial that can't speak for itself any more, such as a killed worker's."""
-        self.close_trial(number, TrialOutcome("FAIL", error=reason, interrupted=interrupted))
+    def abandon(self, number: int, reason: str, interrupted: bool = False) -> bool:
+        """Book the end of a trial that can't speak for itself any more, such as a killed worker's.
+
+        Returns:
+            Whether it will be tried again.
+        """
+        outcome = TrialOutcome("FAIL", error=reason, interrupted=interrupted, killed=not interrupted)
+        return self.close_trial(number, outcome)
 
     def abandon_all(self, reason: str) -> None:
         """Book the end of every trial that is still open."""
@@ -157,34 +173,36 @@ def tell(study: optuna.Study, trial: optuna.Trial | int, state: TrialState, valu
     """Tell a study a trial's end."""
     try:
         study.tell(trial, list(values) if state == TrialState.COMPLETE else None, state=state, skip_if_finished=True)
-    except RuntimeError:
-        # The grid sampler wants to stop `optimize`, which isn't running, after the last point; the state is
-        # booked by then.
+    except (RuntimeError, KeyError):
+        # The grid sampler wants to stop `optimize`, which isn't running, after the last point, or misses the point
+        # of a trial that was killed before it had one; the state is booked by then.
         if not isinstance(study.sampler, optuna.samplers.GridSampler):
             raise
 
 
-def this_process() -> str:
-    """Return a mark of this process that no later process on any host has."""
-    process = psutil.Process()
-    return f"{socket.gethostname()} {os.getpid()} {process.create_time()}"
+def _replaceable(spec: SweepSpec) -> bool:
+    """Tell whether another point can take the place of one that is always killed: a grid has no other."""
+    return bool(spec.sampler["name"] != "grid")
 
 
-def is_left_over(trial: FrozenTrial) -> bool:
-    """Tell whether a trial is RUNNING although the process that ran it, on this host, is gone."""
-    host, pid, created = (trial.user_attrs.get("process", "? 0 0")).rsplit(" ", 2)
-    if trial.state != TrialState.RUNNING or host != socket.gethostname():
-        return False
-    try:
-        return bool(psutil.Process(int(pid)).create_time() != float(created))
-    except psutil.NoSuchProcess:
-        return True
+def close_left_overs(study: optuna.Study, runs: StudyRuns, spec: SweepSpec) -> int:
+    """Book what a killed sweep of this host left RUNNING as failed; returns how many there were.
 
-
-def close_left_overs(study: optuna.Study, runs: StudyRuns) -> int:
-    """Book what a killed sweep of this host left RUNNING as failed; returns how many there were."""
-    left = [trial for trial in study.trials if is_left_over(trial)]
+    Its workers are ended first: one of them might still close a run as if all were well, or make one.
+    """
+    dead = retries.dead_sweeps(study) - {this_process()}
+    if dead:
+        end_processes(lambda owner: owner.rpartition(" #")[0] in dead)
+    left = [trial for trial in study.trials if is_left_over(trial, study)]
     for trial in left:
-        runs.fail(trial.number, trial.params, "left running by a process that was killed")
+        tags = retry_tags(trial.user_attrs)
+        runs.fail(trial.number, trial.params, "left running by a process that was killed", tags=tags)
+        if retries.tries_left(trial.user_attrs, spec.max_retries) or _replaceable(spec):
+            retries.mark_dead(study, trial.number)
         tell(study, trial.number, TrialState.FAIL)
     return len(left)
+
+
+def retry_tags(user_attrs: Mapping[str, Any]) -> dict[str, str]:
+    """Return the tag that leads from a trial's run to the killed trial that it repeats."""
+    return {RETRY_OF: str(user_attrs[RETRY_OF])} if RETRY_OF in user_attrs else {}

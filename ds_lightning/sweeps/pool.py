@@ -14,8 +14,10 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
+from ds_lightning.allowlist import allowed_packages
 from ds_lightning.errors import ConfigError
 from ds_lightning.sweeps.ledger import Ledger
+from ds_lightning.sweeps.processes import OWNER, end_processes, this_process
 from ds_lightning.sweeps.trial import TrialOutcome, run_trial
 
 _SOURCE_ROOT = Path(__file__).resolve().parents[2]
@@ -55,11 +57,9 @@ class WorkerPool:
         logs.mkdir(parents=True, exist_ok=True)
         self._inbox: queue.Queue[tuple[_Process, dict[str, Any]]] = queue.Queue()
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        threads = max(1, cores // count)
-        gpus = _visible_gpus()
-        self._workers = [
-            _Process(index, logs / f"worker-{index}.log", threads, gpus, self._inbox) for index in range(count)
-        ]
+        self._threads = max(1, cores // count)
+        self._gpus = _visible_gpus()
+        self._workers = [self._start(index, 0) for index in range(count)]
 
     def run(self, ledger: Ledger) -> None:
         """Run trials until the ledger gives out no more and all have ended.
@@ -75,11 +75,15 @@ class WorkerPool:
         finally:
             self._stop(ledger)
 
+    def _start(self, index: int, replaced: int) -> "_Process":
+        log = self._logs / f"worker-{index}.log"
+        return _Process(index, replaced, log, self._threads, self._gpus, self._inbox)
+
     def _step(self, ledger: Ledger) -> None:
         with contextlib.suppress(queue.Empty):
             self._handle(ledger, *self._inbox.get(timeout=_LOOK_SECONDS))
             return
-        for worker in self._workers:
+        for worker in list(self._workers):
             # Nothing has come for a while, so its last words, if any, have been read.
             if worker.busy and worker.code() is not None:
                 self._bury(worker, ledger)
@@ -118,10 +122,17 @@ class WorkerPool:
         """Book the end of a worker that ended by itself."""
         number, worker.number, worker.starting = worker.number, None, False
         worker.clean_up()
+        # What it has started may still write to the trial's run.
+        end_processes(lambda owner: owner == worker.owner)
         alive = sum(other.code() is None for other in self._workers)
         reason = f"worker process {worker.index} ended ({_how(worker.code())}); its output is in {worker.log}"
         if number is not None:
-            ledger.abandon(number, f"{reason}; {alive} left")
+            idle = [other for other in self._workers if not other.busy and other.code() is None]
+            # One more process for one more try: what always kills its worker takes them all down in the end.
+            if ledger.abandon(number, f"{reason}; {alive} left") and not idle:
+                self._workers[worker.index] = self._start(worker.index, worker.replaced + 1)
+            for other in idle:
+                self._give(other, ledger)
         else:
             warnings.warn(f"{reason}; {alive} left", RuntimeWarning, stacklevel=2)
 
@@ -150,18 +161,21 @@ class _Process:
     def __init__(
         self,
         index: int,
+        replaced: int,
         log: Path,
         threads: int,
         gpus: list[str],
         inbox: "queue.Queue[tuple[_Process, dict[str, Any]]]",
     ) -> None:
-        self.index, self.log = index, log
+        self.index, self.replaced, self.log = index, replaced, log
+        self.owner = f"{this_process()} #{index}.{replaced}"
         self.number: int | None = None
         self.starting = True
         environment = dict(os.environ)
         found = environment.get("PYTHONPATH")
         environment["PYTHONPATH"] = os.pathsep.join([str(_SOURCE_ROOT), *([found] if found else [])])
         environment.setdefault("OMP_NUM_THREADS", str(threads))
+        environment[OWNER] = self.owner
         if len(gpus) > 1:
             environment["CUDA_VISIBLE_DEVICES"] = gpus[index % len(gpus)]
         with log.open("ab") as output:
@@ -174,7 +188,7 @@ class _Process:
                 start_new_session=True,
                 env=environment,
             )
-        self.send({"sys_path": sys.path, "threads": threads})
+        self.send({"sys_path": sys.path, "threads": threads, "allow": allowed_packages()})
         assert self._process.stdout is not None
         listener = threading.Thread(target=self._listen, args=(self._process.stdout, inbox), daemon=True)
         listener.start()

@@ -67,7 +67,7 @@ class SweepProgress:
         if outcome.error:
             text += f"  {escape(shorten(outcome.error, _ERROR_LENGTH, placeholder=' ...'))}"
         self._progress.console.print(text, highlight=False)
-        self._progress.advance(self._task)
+        self._progress.advance(self._task, int(outcome.counts))
 
 
 def short_key(key: str) -> str:

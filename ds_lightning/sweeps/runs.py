@@ -46,7 +46,14 @@ class StudyRuns:
         found = self._search(f"tags.`optuna.trial` = '{number}' and tags.`mlflow.parentRunId` = '{self.parent_id}'")
         return found[0] if found else None
 
-    def fail(self, number: int, params: Mapping[str, Any], error: str, run_id: str | None = None) -> str | None:
+    def fail(
+        self,
+        number: int,
+        params: Mapping[str, Any],
+        error: str,
+        run_id: str | None = None,
+        tags: Mapping[str, str] | None = None,
+    ) -> str | None:
         """Close a trial's run as FAILED, creating it when there is none.
 
         Args:
@@ -54,6 +61,7 @@ class StudyRuns:
             params: dotted key -> value.
             error: one line.
             run_id: the run, where it is known.
+            tags: tags of the run, where it has to be created.
 
         Returns:
             The run's id; None when the store does not answer.
@@ -61,8 +69,8 @@ class StudyRuns:
         with _harmless(f"the end of trial {number}"):
             run_id = run_id or self.child(number)
             if run_id is None:
-                tags = {"mlflow.parentRunId": self.parent_id, "optuna.trial": str(number)}
-                run_id = self._create(f"trial-{number}", tags)
+                own = {"mlflow.parentRunId": self.parent_id, "optuna.trial": str(number)}
+                run_id = self._create(f"trial-{number}", {**(tags or {}), **own})
             # Writing the same value again is allowed.
             for key, value in flatten(params).items():
                 self._client.log_param(run_id, clean_name(key), str(value)[:MAX_PARAM_LENGTH])
@@ -88,9 +96,11 @@ class StudyRuns:
             self._client.log_figure(self.parent_id, figure, f"pictures/{name}.png")
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
-        """Log metrics of the parent run."""
+        """Log metrics of the parent run, but not what it has at that step."""
         with _harmless("the sweep's metrics"):
             for key, value in values.items():
+                if any(point.step == step for point in self._client.get_metric_history(self.parent_id, key)):
+                    continue
                 self._client.log_metric(self.parent_id, key, value, step=step)
 
     def close(self, status: str, tags: Mapping[str, str]) -> None:

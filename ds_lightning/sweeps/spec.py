@@ -68,6 +68,7 @@ class SweepSpec:
         pruner: `name` and Optuna's arguments of that pruner.
         trials: how many trials to run; None: until `timeout`.
         timeout: seconds after which no new trial starts; None: no limit.
+        max_retries: how often a trial whose process is killed is tried again, at least 0.
         storage: where Optuna keeps the study (path of a journal, `sqlite:///` or `postgresql://`); None: a
             journal beside the MLflow store.
         experiment: MLflow experiment.
@@ -83,6 +84,7 @@ class SweepSpec:
     pruner: Mapping[str, Any] = field(default_factory=lambda: {"name": "none"})
     trials: int | None = None
     timeout: float | None = None
+    max_retries: int = 2
     storage: str | None = None
     experiment: str = ""
     folder: Path | None = None
@@ -134,6 +136,7 @@ class SweepSpec:
             pruner=_named(fields, "pruner", "none"),
             trials=positive_int("trials", fields.get("trials")),
             timeout=positive_seconds("timeout", fields.get("timeout")),
+            max_retries=_retries(fields.get("max_retries", cls.max_retries)),
             storage=_text(fields, "storage", None),
             experiment=_text(fields, "experiment", _text(fields, "name", name)),
             folder=folder,
@@ -182,6 +185,7 @@ _KEYS = (
     "pruner",
     "trials",
     "timeout",
+    "max_retries",
     "storage",
     "experiment",
 )
@@ -209,6 +213,12 @@ def positive_seconds(name: str, value: Any) -> float | None:
     if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
         raise ConfigError(f"{name} must be a number of seconds above 0, got {value!r}")
     return float(value)
+
+
+def _retries(value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise ConfigError(f"max_retries must be an integer of at least 0, got {value!r}")
+    return value
 
 
 def _objectives(entry: Any) -> tuple[Objective, ...]:

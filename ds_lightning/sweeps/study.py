@@ -9,7 +9,7 @@ import optuna
 from optuna.pruners import BasePruner
 from optuna.samplers import BaseSampler
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
-from optuna.storages.journal import JournalFileBackend
+from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 
 from ds_lightning.errors import ConfigError
 from ds_lightning.sweeps.keys import as_mapping, hint
@@ -43,13 +43,13 @@ def make_sampler(entry: Mapping[str, Any], space: SearchSpace, told: int = 0) ->
         entry: `name` and the sampler's own arguments.
         space: the search space, which a grid is made of.
         told: trials that the study already has; a seed moves on by it, for otherwise a continued study would
-            draw the same points again.
+            draw the same points again. A grid keeps its seed, which orders the points that it has still to try.
 
     Raises:
         ConfigError: for an unknown name or argument, or a value that the sampler refuses.
     """
     arguments = {key: value for key, value in entry.items() if key != "name"}
-    if isinstance(arguments.get("seed"), int):
+    if isinstance(arguments.get("seed"), int) and entry["name"] != "grid":
         arguments["seed"] += told
     fixed = {"search_space": space.grid()} if entry["name"] == "grid" else {}
     sampler: BaseSampler = _make("sampler", entry["name"], SAMPLERS, arguments, fixed)
@@ -112,6 +112,21 @@ def open_storage(place: str) -> BaseStorage:
         # SQLAlchemy and each driver have their own families of errors; all mean the same here.
         reason = " ".join(str(error).split())[:300]
         raise ConfigError(f"storage {_without_password(place)!r} can't be opened: {reason}") from error
+
+
+def mend_journal(path: Path) -> None:
+    """Cut off a last line without its end, left by a process that was killed while it wrote.
+
+    The next line would be appended to it, and neither could be read.
+    """
+    lock = JournalFileSymlinkLock(str(path))
+    lock.acquire()
+    try:
+        with path.open("r+b") as journal:
+            content = journal.read()
+            journal.truncate(content.rfind(b"\n") + 1)
+    finally:
+        lock.release()
 
 
 def _without_password(url: str) -> str:

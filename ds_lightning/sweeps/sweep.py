@@ -15,12 +15,20 @@ from typing import Any
 import optuna
 
 from ds_lightning.errors import ConfigError, NoEffectWarning
+from ds_lightning.sweeps import retries
 from ds_lightning.sweeps.ledger import Ledger, close_left_overs
 from ds_lightning.sweeps.pool import WorkerPool, run_here
 from ds_lightning.sweeps.progress import SweepProgress
 from ds_lightning.sweeps.runs import StudyRuns
 from ds_lightning.sweeps.spec import SweepSpec, positive_int, positive_seconds
-from ds_lightning.sweeps.study import check_study, create_study, make_pruner, make_sampler, open_storage
+from ds_lightning.sweeps.study import (
+    check_study,
+    create_study,
+    make_pruner,
+    make_sampler,
+    mend_journal,
+    open_storage,
+)
 from ds_lightning.sweeps.summary import SweepResult, best_results, count_states, log_summary
 from ds_lightning.sweeps.trial import check_trainer, trial_config
 from ds_lightning.tracking import Store, default_store
@@ -28,6 +36,10 @@ from ds_lightning.tracking.store import locate
 
 # A branch costs about 0.2 s.
 _MOST_CHECKED = 64
+# Notes in the study: how many trials it is to have, and whether it was not brought to its end.
+_TARGET = "target"
+_GOING_ON = "going on"
+_ENDLESS = "a sweep without end: give `trials` or `timeout`, in the file or on the command line"
 
 
 class Terminated(KeyboardInterrupt):
@@ -79,7 +91,8 @@ class Sweep:
         """Run trials and sum the study up.
 
         Args:
-            trials: how many, exactly, over all workers; None: as in the file.
+            trials: how many, exactly, over all workers; None: as in the file, and for a study to go on with as many
+                as are missing of what it was asked for. A trial whose process was killed is not one of them.
             workers: processes that train side by side, at least 1.
             timeout: seconds > 0 after which no new trial begins; None: as in the file.
             study: a study to go on with, in the same storage; None: a new one.
@@ -92,12 +105,12 @@ class Sweep:
                 when the metric is never logged, the first three trials all fail, or every worker died.
         """
         spec = self.spec
-        trials = positive_int("trials", trials if trials is not None else spec.trials)
+        trials = positive_int("trials", trials)
         timeout = positive_seconds("timeout", timeout if timeout is not None else spec.timeout)
         workers = positive_int("workers", workers) or 1
         grid = _grid_size(spec)
-        if trials is None and timeout is None and grid is None:
-            raise ConfigError("a sweep without end: give `trials` or `timeout`, in the file or on the command line")
+        if study is None and trials is None and spec.trials is None and timeout is None and grid is None:
+            raise ConfigError(_ENDLESS)
         base = self._check_configurations()
 
         store = default_store(self._place)
@@ -105,21 +118,30 @@ class Sweep:
         name = study or f"{spec.name}-{time.strftime('%Y%m%d-%H%M%S')}"
         with _quiet_optuna():
             opened = self._open_study(root, name, continued=study is not None)
-            if grid is not None:
-                left = grid - len(opened.trials)
-                if left <= 0:
-                    raise ConfigError(f"study {opened.study_name!r} has tried all {grid} points of its grid")
-                trials = left if trials is None else min(trials, left)
+            going_on = bool(opened.user_attrs.get(_GOING_ON))
+            if grid is not None and retries.counted(opened) >= grid and not going_on:
+                raise ConfigError(f"study {opened.study_name!r} has tried all {grid} points of its grid")
+            endless = trials is None and spec.trials is None and timeout is None and grid is None
+            if endless and _TARGET not in opened.user_attrs:
+                raise ConfigError(_ENDLESS)
+            retries.register(opened)
+            if not opened.get_trials(deepcopy=False):
+                # Before MLflow is asked for anything: a study of a sweep that is killed then knows its target.
+                _missing(opened, spec, trials, grid)
+            opened.set_user_attr(_GOING_ON, True)
             runs = StudyRuns(store, spec.experiment, opened.study_name)
             runs.open({"sweep.name": spec.name})
-            close_left_overs(opened, runs)
+            close_left_overs(opened, runs, spec)
+            trials = _missing(opened, spec, trials, grid)
+            if trials == 0 and not going_on:
+                warnings.warn(f"study {name!r} has all its trials; --trials N adds some", NoEffectWarning, stacklevel=2)
             own_bar = workers == 1 and bool(base["trainer"].get("enable_progress_bar"))
             progress = SweepProgress(trials, spec.objectives[0].metric, bar=not own_bar)
             place = _place_of(store)
             ledger = Ledger(spec, opened, runs, place, trials, timeout, workers > 1, progress)
             folder = root / "sweeps" / opened.study_name
             with progress:
-                return self._run(ledger, min(workers, trials or workers), folder)
+                return self._run(ledger, workers if trials is None else max(1, min(workers, trials)), folder)
 
     def _run(self, ledger: Ledger, workers: int, folder: Path) -> SweepResult:
         study, runs = ledger.study, ledger.runs
@@ -144,6 +166,7 @@ class Sweep:
         if not exit_code and not best:
             exit_code = 1
         runs.close("KILLED" if exit_code > 1 else "FAILED" if exit_code else "FINISHED", {})
+        study.set_user_attr(_GOING_ON, exit_code > 1)
         return SweepResult(study.study_name, best, runs.parent_id, count_states(study), exit_code)
 
     def _sum_up(self, ledger: Ledger, folder: Path) -> list[Any]:
@@ -177,7 +200,12 @@ class Sweep:
                 f"study {name!r} is not in {root / 'optuna'}; there are: "
                 f"{', '.join(sorted(path.stem for path in (root / 'optuna').glob('*.journal'))) or 'none'}"
             )
+        if continued and "://" not in place and Path(place).is_file():
+            mend_journal(Path(place))
         storage = open_storage(place)
+        if spec.storage is None and not optuna.get_all_study_names(storage):
+            # Also where a sweep was killed between its journal and its study.
+            continued = False
         told = check_study(storage, name, spec.directions) if continued else 0
         sampler, pruner = make_sampler(spec.sampler, spec.space, told), make_pruner(spec.pruner)
         if continued:
@@ -192,6 +220,20 @@ def _grid_size(spec: SweepSpec) -> int | None:
     for values in spec.space.grid().values():
         size *= len(values)
     return size
+
+
+def _missing(study: optuna.Study, spec: SweepSpec, trials: int | None, grid: int | None) -> int | None:
+    """Return how many trials are to come, and note the study's target; None without a limit."""
+    done = retries.counted(study)
+    if trials is None:
+        target = study.user_attrs.get(_TARGET)
+        trials = spec.trials if target is None else max(0, target - done)
+    if grid is not None:
+        left = max(0, grid - done)
+        trials = left if trials is None else min(trials, left)
+    if trials is not None:
+        study.set_user_attr(_TARGET, done + trials)
+    return trials
 
 
 def _place_of(store: Store) -> str:

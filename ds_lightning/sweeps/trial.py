@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from ds_lightning.errors import ConfigError
+from ds_lightning.errors import ConfigError, Preempted
 from ds_lightning.sweeps.observer import MetricNotLogged, ObjectiveObserver, Pruned
 from ds_lightning.sweeps.spec import Objective
 from ds_lightning.tracking import MLflowTracker
@@ -45,6 +45,7 @@ class TrialTask:
         store: folder or tracking URI.
         parent_run_id: the study's MLflow run.
         quiet: whether the trial's progress bar stays off even where the base asks for it.
+        retry_of: number of the killed trial that this one repeats.
     """
 
     number: int
@@ -58,6 +59,7 @@ class TrialTask:
     store: str
     parent_run_id: str
     quiet: bool = False
+    retry_of: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the task as JSON takes it."""
@@ -82,6 +84,8 @@ class TrialOutcome:
         run_id: the trial's MLflow run; None when it ended before there was one.
         metric_missing: whether it failed because an objective's metric is never logged.
         interrupted: whether it failed because it was told to stop.
+        killed: whether its process was killed.
+        counts: whether it is one of the trials that were asked for; one that is tried again is not.
     """
 
     state: str
@@ -91,6 +95,13 @@ class TrialOutcome:
     run_id: str | None = None
     metric_missing: bool = False
     interrupted: bool = False
+    killed: bool = False
+    counts: bool = True
+
+    @property
+    def from_outside(self) -> bool:
+        """Whether it ended for no reason of its own."""
+        return self.killed or self.interrupted
 
 
 def trial_config(
@@ -190,7 +201,7 @@ def _prepared(task: TrialTask) -> dict[str, Any]:
             "store": task.store,
             "run_id": None,
             "parent_run_id": task.parent_run_id,
-            "tags": {"optuna.study": task.study, "optuna.trial": str(task.number), "optuna.state": "RUNNING"},
+            "tags": _tags(task),
         },
     }
     # Checkpoints of trials that are thrown away fill the disk; the winner is trained again from best.yaml.
@@ -201,6 +212,11 @@ def _prepared(task: TrialTask) -> dict[str, Any]:
     if trainer.get("enable_model_summary") is None:
         trainer["enable_model_summary"] = False
     return config
+
+
+def _tags(task: TrialTask) -> dict[str, str]:
+    tags = {"optuna.study": task.study, "optuna.trial": str(task.number), "optuna.state": "RUNNING"}
+    return tags if task.retry_of is None else {**tags, "retry_of": str(task.retry_of)}
 
 
 def _has_checkpoint(callbacks: Any) -> bool:
@@ -221,7 +237,7 @@ def _failed(error: BaseException, interrupted: bool = False) -> TrialOutcome:
 
 def _is_interrupt(error: BaseException) -> bool:
     """Tell Ctrl-C and SIGTERM, which Lightning turns into SystemExit, from a module that calls sys.exit."""
-    if isinstance(error, KeyboardInterrupt | SIGTERMException):
+    if isinstance(error, KeyboardInterrupt | SIGTERMException | Preempted):
         return True
     return isinstance(error.__context__, KeyboardInterrupt)
 

@@ -1,8 +1,8 @@
 """A worker process of a sweep: `python -m ds_lightning.sweeps.worker`, started by `pool.py`.
 
-Messages are JSON, one a line. On stdin: `{"sys_path": [...], "threads": n}` first, then `{"task": {...}}`,
-answers `{"prune": bool}` and `{"stop": true}`. On stdout: `{"ready": true}` first, then for each task
-`{"step": n, "value": x}` a validation and `{"outcome": {...}}`.
+Messages are JSON, one a line. On stdin: `{"sys_path": [...], "threads": n, "allow": [...]}` first, then
+`{"task": {...}}`, answers `{"prune": bool}` and `{"stop": true}`. On stdout: `{"ready": true}` first, then for each
+task `{"step": n, "value": x}` a validation and `{"outcome": {...}}`.
 When stdin ends, the parent is gone: the trial is interrupted, its MLflow run closed, and the process leaves.
 """
 
@@ -79,7 +79,10 @@ def main() -> None:
     sys.path[:] = hello["sys_path"]
     import torch
 
+    from ds_lightning.allowlist import allow_packages
+
     torch.set_num_threads(hello["threads"])
+    allow_packages(hello["allow"])
     worker = Worker(sink)
     threading.Thread(target=worker.listen, args=(sys.stdin,), daemon=True).start()
     with contextlib.suppress(KeyboardInterrupt):

@@ -3,6 +3,11 @@ import copy
 import mlflow
 import pytest
 
+from ds_lightning.allowlist import allow_packages
+
+# The user's module of these tests; on a command line it is `--allow sweep_parts`.
+allow_packages(["sweep_parts"])
+
 BASE = {
     "model": {"class_path": "sweep_parts.Bowl"},
     "data": {"class_path": "sweep_parts.FourBatches"},

@@ -133,3 +133,16 @@ def test_a_worker_that_does_not_hear_is_killed_in_the_end(tmp_path, monkeypatch)
     assert time.monotonic() - started < 10
     assert all(end.interrupted for end in book.ends.values())
     assert book.ends
+
+
+def test_a_worker_is_replaced_when_its_trial_is_tried_again(tmp_path):
+    book = Book(["die", "ok", "die", "ok"])
+    abandon = book.abandon
+
+    def again(number, reason, interrupted=False):
+        abandon(number, reason, interrupted)
+        return True
+
+    book.abandon = again
+    pool.WorkerPool(1, tmp_path).run(book)
+    assert [book.ends[number].state for number in range(4)] == ["FAIL", "COMPLETE", "FAIL", "COMPLETE"]

@@ -90,3 +90,10 @@ def test_what_can_not_be_left_out(content, key):
     del content[key]
     with pytest.raises(ConfigError, match=f"`{key}` is missing"):
         SweepSpec.from_dict(content)
+
+
+def test_retries_are_counted_from_zero(content):
+    assert SweepSpec.from_dict(content).max_retries == 2
+    assert SweepSpec.from_dict({**content, "max_retries": 0}).max_retries == 0
+    with pytest.raises(ConfigError, match="max_retries must be an integer of at least 0, got -1"):
+        SweepSpec.from_dict({**content, "max_retries": -1})

@@ -1,7 +1,10 @@
+import copy
 import json
 import os
 import re
 import signal
+import subprocess
+import sys
 import threading
 import warnings
 from pathlib import Path
@@ -141,6 +144,54 @@ def test_a_killed_sweep_is_booked_when_its_study_goes_on(content, store, runs):
     assert run.data.tags["error"] == "left running by a process that was killed"
 
 
+def test_a_sweep_that_was_killed_ends_with_exactly_its_trials(content, store, runs):
+    content["trials"] = 3
+    dying = copy.deepcopy(content)
+    # At the first point above 0 its process, here the sweep itself, kills itself.
+    dying["base"]["overrides"]["model.trouble"] = "die"
+    code = (
+        "import json, sys\n"
+        "from ds_lightning.allowlist import allow_packages\n"
+        "from ds_lightning.sweeps import Sweep\n"
+        "from ds_lightning.sweeps.spec import SweepSpec\n"
+        "allow_packages(['sweep_parts'])\n"
+        "Sweep(SweepSpec.from_dict(json.loads(sys.argv[1]), name='sigkill'), sys.argv[2]).run()\n"
+    )
+    command = [sys.executable, "-c", code, json.dumps(dying), str(store)]
+    paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    assert subprocess.run(command, env={**os.environ, "PYTHONPATH": paths}).returncode == -signal.SIGKILL
+    name = max((store / "optuna").glob("sigkill-*.journal")).stem
+    before = load(store, name).trials
+    assert before[-1].state.name == "RUNNING"
+
+    result = sweep(content, store, "sigkill").run(study=name)
+    assert result.counts == {"COMPLETE": 3, "FAIL": 1}
+    study = load(store, name)
+    again = study.trials[len(before)]
+    assert again.user_attrs["retry_of"] == before[-1].number
+    assert again.params == before[-1].params
+    children = runs(result).children
+    assert [children[trial.number].info.status for trial in study.trials] == [
+        STATUS[trial.state.name] for trial in study.trials
+    ]
+    assert children[again.number].data.tags["retry_of"] == str(before[-1].number)
+    assert runs(result).parent.info.status == "FINISHED"
+
+
+def test_going_on_runs_what_is_missing_and_no_more(content, store, runs):
+    content["base"]["overrides"]["model.trouble"] = "sleep"
+    first = sweep(content, store, "missing").run(3, timeout=0.5)
+    assert first.counts == {"COMPLETE": 1}
+    content["base"]["overrides"]["model.trouble"] = ""
+    assert sweep(content, store, "missing").run(study=first.study).counts == {"COMPLETE": 3}
+    with pytest.warns(NoEffectWarning, match="has all its trials; --trials N adds some"):
+        third = sweep(content, store, "missing").run(study=first.study)
+    assert third.counts == {"COMPLETE": 3}
+    assert runs(third).parent.info.status == "FINISHED"
+    history = runs(third).client.get_metric_history(third.parent_run_id, "trials/complete")
+    assert [(metric.step, metric.value) for metric in history] == [(1, 1), (3, 3)]
+
+
 def test_several_objectives_give_a_pareto_front(content, store, runs):
     content["objective"] = [
         {"metric": "val/loss", "direction": "minimize"},
@@ -252,6 +303,7 @@ def test_workers_run_exactly_the_trials_and_survive_the_death_of_one(content, st
     content["space"] = {"model.x": {"type": "int", "low": -5, "high": 1}}
     content["base"]["overrides"]["model.trouble"] = "die"
     content["sampler"] = {"name": "grid", "seed": 0}
+    content["max_retries"] = 0
     result = sweep(content, store, "workers").run(7, workers=3)
     study = load(store, result.study)
     assert result.counts == {"COMPLETE": 6, "FAIL": 1}
