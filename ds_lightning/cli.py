@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from ds_lightning.errors import ConfigError
+from ds_lightning.errors import ConfigError, Preempted
 
 TRACEBACK_VARIABLE = "DS_LIGHTNING_TRACEBACK"
 
@@ -18,7 +18,7 @@ class _Command(NamedTuple):
 
 def _training(name: str) -> Callable[[list[str]], int]:
     def run(argv: list[str]) -> int:
-        from ds_lightning.training import run_training_command
+        from ds_lightning.training_command import run_training_command
 
         words = ["--help" if word == "--help-all" else word for word in argv]
         return run_training_command([name, *words])
@@ -38,6 +38,12 @@ def _ui(argv: list[str]) -> int:
     return run_ui_command(argv)
 
 
+def _tracking(argv: list[str]) -> int:
+    from ds_lightning.tracking.command import run_tracking_command
+
+    return run_tracking_command(argv)
+
+
 def _presets(argv: list[str]) -> int:
     from ds_lightning.presets import find_config, list_presets, presets_root
 
@@ -51,13 +57,19 @@ def _presets(argv: list[str]) -> int:
     return 0
 
 
+def _inspect(argv: list[str]) -> int:
+    from ds_lightning.inspection import run_inspect_command
+
+    return run_inspect_command(argv)
+
+
 def _demo(argv: list[str]) -> int:
     from ds_lightning.demo import run_demo_command
 
     return run_demo_command(argv)
 
 
-def _training_help(name: str, does: str, example: str) -> str:
+def _training_help(name: str, does: str, example: str, more: str = "") -> str:
     return f"""usage: ds-lightning {name} [--config FILE ...] [--model CLASS] [--data CLASS] [--trainer.OPTION V ...]
 
 {does}
@@ -68,7 +80,8 @@ def _training_help(name: str, does: str, example: str) -> str:
   --data CLASS         a LightningDataModule, likewise
   --model.OPTION V     an argument of the class; --data.OPTION and --trainer.OPTION likewise
   --ckpt_path FILE     start from a checkpoint
-  --seed_everything N  seed of everything random (default 0)
+  --allow PACKAGE      let the configuration name classes of this package too (yours); may be repeated
+{more}  --seed_everything N  seed of everything random (default 0)
   --print_config       print the composed configuration and stop
 
   --model.help CLASS   the options of a class (--data.help, --trainer.help too)
@@ -82,12 +95,16 @@ Example:
 _EXAMPLE_FIT = (
     "ds-lightning fit --model Classifier --data MNIST5k --config callbacks/layer_lr.yaml --trainer.max_epochs 5"
 )
+_RESUME = """  --resume [RUN_ID]    go on with the experiment's newest run that did not finish, or with this one, from
+                       its newest whole checkpoint; its own configuration is used if no --config is given
+  --safeguards false   add no callback by itself: by default ExactResume, DurableCheckpoint and Preemption
+"""
 _EXAMPLE_OTHER = "ds-lightning {} --config config.yaml --ckpt_path best.ckpt"
 
 _COMMANDS: dict[str, _Command] = {
     "fit": _Command(
         "train a model on data",
-        _training_help("fit", "Train, and log everything to MLflow under mlruns/.", _EXAMPLE_FIT),
+        _training_help("fit", "Train, and log everything to MLflow under mlruns/.", _EXAMPLE_FIT, _RESUME),
         _training("fit"),
     ),
     "validate": _Command(
@@ -111,6 +128,7 @@ _COMMANDS: dict[str, _Command] = {
     ),
     "sweep": _Command("search hyperparameters with Optuna from a YAML file", None, _sweep),
     "ui": _Command("open the MLflow UI on the runs under mlruns/", None, _ui),
+    "tracking": _Command("send to MLflow what an outage of its server left on disk", None, _tracking),
     "presets": _Command(
         "list the shipped YAML files, or print some",
         """usage: ds-lightning presets [NAME ...]
@@ -122,6 +140,7 @@ Example:
 """,
         _presets,
     ),
+    "inspect": _Command("print what is in a checkpoint, without running any of it", None, _inspect),
     "demo": _Command("train, sweep and compare on 5,000 real digits", None, _demo),
 }
 
@@ -153,7 +172,7 @@ def _message(error: BaseException) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; return the exit code (0 done, 1 failed, 2 wrong input, 130 interrupted)."""
+    """Run a command; return the exit code (0 done, 1 failed, 2 wrong input, 130 stopped by SIGINT, 143 by SIGTERM)."""
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help"):
         print(_help(), end="")
@@ -174,6 +193,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return command.run(rest)
     except SystemExit as stop:  # argparse's and jsonargparse's way of being done
+        if isinstance(stop, Preempted):
+            print(
+                f"ds-lightning {name}: stopped by {stop.signal_name}; --resume goes on",
+                file=sys.stderr,
+            )
+        elif isinstance(stop.__context__, KeyboardInterrupt):
+            # Lightning's way of passing on Ctrl-C, with an exit code of 1.
+            print(f"ds-lightning {name}: interrupted", file=sys.stderr)
+            return 130
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except KeyboardInterrupt:
         print(f"ds-lightning {name}: interrupted", file=sys.stderr)

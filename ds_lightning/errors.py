@@ -1,5 +1,7 @@
 """What goes wrong, in the user's words: one line that names the thing, what was expected and what to do."""
 
+import signal
+
 
 class ConfigError(ValueError):
     """A configuration that can't work: a wrong key, value, name or combination."""
@@ -11,3 +13,15 @@ class DataError(RuntimeError):
 
 class NoEffectWarning(UserWarning):
     """Something was asked for and changed nothing, such as mixing a batch of one."""
+
+
+class Preempted(SystemExit):
+    """Training was stopped by a signal, and its state is saved.
+
+    Args:
+        number: the signal's number; the process ends with 128 + number.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(128 + number)
+        self.signal_name = signal.Signals(number).name

@@ -2,12 +2,14 @@
 
 import copy
 import os
+import sys
 from argparse import ArgumentError
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
+from filelock import FileLock
 
 # They speak of Lightning's use of jsonargparse, about which a user can do nothing.
 os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
@@ -21,22 +23,54 @@ import ds_lightning.datamodules.image_folder
 import ds_lightning.datamodules.mnist5k
 import ds_lightning.datamodules.torchvision_sets
 import ds_lightning.modules.classifier
-import ds_lightning.tracking.tracker  # noqa: F401
+import ds_lightning.tracking.tracker
+from ds_lightning.allowlist import allow_packages, one_line_refusals, refusal, split_allowed
 from ds_lightning.errors import ConfigError
 from ds_lightning.presets import find_config
+from ds_lightning.resume import UnfinishedRun, hold
 
 SUBCOMMANDS = ("fit", "validate", "test", "predict")
+# What `ds-lightning fit` adds to the callbacks, in this order, unless they are there or `safeguards` is false.
+SAFEGUARDS = tuple(
+    f"ds_lightning.callbacks.{name}"
+    for name in ("ExactResume", "DurableCheckpoint", "Preemption")
+    if name in ds_lightning.callbacks.__all__
+)
 
 
 class LogConfig(SaveConfigCallback):
     """Hand the resolved configuration to every logger that takes one (`log_config`)."""
 
+    def __init__(self, *args: Any, resumed: UnfinishedRun | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.resumed = resumed
+        self._held: list[FileLock] = []
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Let go of the runs that this process was training."""
+        self._let_go()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Let go of them too: Lightning calls no teardown now."""
+        self._let_go()
+
+    def _let_go(self) -> None:
+        for lock in self._held:
+            lock.release()
+        self._held = []
+
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Log the configuration; called by Lightning on rank zero."""
         config = yaml.safe_load(self.parser.dump(self.config, skip_unset=False))
+        if self.resumed is not None:
+            # Where it went on is this run's own matter: a new run from this file starts from nothing.
+            config["ckpt_path"] = None
+            for entry in tracker_entries(config["trainer"]):
+                entry["init_args"]["run_id"] = None
         for logger in trainer.loggers:
             log_config = getattr(logger, "log_config", None)
             if log_config is not None:
+                self._held.append(hold(Path(str(logger.save_dir), str(logger.name), str(logger.version))))
                 log_config(config)
 
 
@@ -46,19 +80,27 @@ class TrainingCLI(LightningCLI):
     Args:
         args: command-line words, or a nested configuration; None reads `sys.argv`.
         run: whether to run the subcommand in `args`; when False there are no subcommands.
+        resumed: the run to go on with; only for `fit`.
 
     Raises:
         ConfigError: when the configuration does not parse; one line.
     """
 
-    def __init__(self, args: list[str] | dict[str, Any] | None = None, *, run: bool = True) -> None:
+    def __init__(
+        self,
+        args: list[str] | dict[str, Any] | None = None,
+        *,
+        run: bool = True,
+        resumed: UnfinishedRun | None = None,
+    ) -> None:
         quiet = {"exit_on_error": False}
+        self._resumed = resumed
         super().__init__(
             LightningModule,
             None,
             subclass_mode_model=True,
             save_config_callback=LogConfig,
-            save_config_kwargs={"save_to_log_dir": False},
+            save_config_kwargs={"save_to_log_dir": False, "resumed": resumed},
             trainer_defaults={"logger": {"class_path": "ds_lightning.tracking.MLflowTracker"}},
             # Runs that are compared should differ in what was changed, not in the seed.
             seed_everything_default=0,
@@ -67,23 +109,74 @@ class TrainingCLI(LightningCLI):
             args=args,
         )
 
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add our own options."""
+        parser.add_argument(
+            "--safeguards",
+            type=bool,
+            default=True,
+            help=f"whether `ds-lightning fit` adds {', '.join(path.rpartition('.')[2] for path in SAFEGUARDS)} "
+            "to the callbacks, those that are not there.",
+        )
+
+    def before_instantiate_classes(self) -> None:
+        """Point the logger and the Trainer at the run that is resumed."""
+        if self._resumed is None:
+            return
+        config = self.config[self.subcommand]
+        self._resumed.check_goes_further(config.trainer.max_epochs)
+        entries = tracker_entries(config.trainer)
+        if len(entries) != 1:
+            raise ConfigError(f"--resume needs one MLflowTracker in trainer.logger; got {len(entries)}")
+        entries[0]["init_args"]["run_id"] = self._resumed.run_id
+        # Not before: Lightning would put the checkpoint's hyperparameters in the place of the configuration's.
+        config.ckpt_path = str(self._resumed.checkpoint)
+
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse words or a nested dictionary; `--config` also finds the shipped presets."""
+        words: list[str] | None = None
+        packages: list[str] = []
+        if not isinstance(args, Mapping):
+            words, packages = split_allowed(sys.argv[1:] if args is None else args)
+        allow_packages(packages)
         try:
             if isinstance(args, Mapping):
                 self.config = parser.parse_object(dict(args))
             else:
-                self.config = parser.parse_args(with_found_configs(args) if args is not None else None)
+                self.config = parser.parse_args(with_found_configs(words or []))
         except ArgumentError as error:
-            raise ConfigError(one_line(error)) from error
+            raise ConfigError(refusal(error) or one_line(error)) from error
+
+    def instantiate_classes(self) -> None:
+        """Instantiate; a class that was hidden in a value of any type is refused here."""
+        with one_line_refusals():
+            super().instantiate_classes()
 
 
-class _Resolver(TrainingCLI):
-    """Parses and stops there."""
+class Resolver(TrainingCLI):
+    """Parse a configuration, and stop there."""
 
     def _set_seed(self) -> None: ...
 
-    def instantiate_classes(self) -> None: ...
+    def instantiate_classes(self) -> None:
+        """Make nothing."""
+
+    def _run_subcommand(self, subcommand: str) -> None: ...
+
+
+def tracker_entries(trainer: Mapping[str, Any]) -> list[Any]:
+    """Return the entries of `trainer.logger` that are an MLflowTracker."""
+    return _entries_of(trainer.get("logger"), "MLflowTracker")
+
+
+def _entries_of(entries: Any, name: str) -> list[Any]:
+    several = entries if isinstance(entries, list) else [entries]
+    # jsonargparse's Namespace is no Mapping.
+    return [
+        entry
+        for entry in several
+        if entry and hasattr(entry, "get") and str(entry.get("class_path")).rpartition(".")[2] == name
+    ]
 
 
 def with_found_configs(words: Iterable[str]) -> list[str]:
@@ -161,16 +254,17 @@ def resolve(
     whole = {key: value for key, value in overrides.items() if "." not in key}
     for key, value in whole.items():
         words.append(f"--{key}={yaml.safe_dump(value, default_flow_style=True).removesuffix('...' + chr(10)).strip()}")
-    config = _dump(_Resolver(words, run=False))
+    config = dump(Resolver(words, run=False))
     inner = {key: value for key, value in overrides.items() if key not in whole}
     if not inner:
         return config
     for key, value in inner.items():
         set_key(config, key, copy.deepcopy(value))
-    return _dump(_Resolver(config, run=False))
+    return dump(Resolver(config, run=False))
 
 
-def _dump(cli: TrainingCLI) -> dict[str, Any]:
+def dump(cli: TrainingCLI) -> dict[str, Any]:
+    """Return the configuration as nested plain Python."""
     config: dict[str, Any] = yaml.safe_load(cli.parser.dump(cli.config, skip_unset=False))
     config.pop("config", None)
     return config
@@ -183,9 +277,3 @@ def build(config: Mapping[str, Any]) -> TrainingCLI:
         The CLI: `.trainer`, `.model`, `.datamodule` (None when the configuration has no data).
     """
     return TrainingCLI(copy.deepcopy(dict(config)), run=False)
-
-
-def run_training_command(argv: list[str]) -> int:
-    """Run `fit`, `validate`, `test` or `predict` with the rest of the words as Lightning's CLI takes them."""
-    TrainingCLI(argv)
-    return 0

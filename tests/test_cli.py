@@ -119,6 +119,7 @@ def test_a_stranger_fits_his_own_module_with_the_installed_script(tmp_path: Path
         "fit",
         "--model",
         "mine.Line",
+        "--allow=mine",
         "--model.size=3",
         "--config",
         "callbacks/layer_lr.yaml",

@@ -115,7 +115,7 @@ def test_fit_test_and_predict_from_the_checkpoint(tmp_path: Path, monkeypatch: p
     ]
     fit = ["fit", "--model", "Classifier", "--model.network_options={width: 4}", "--trainer.max_epochs=1", *common]
     assert main(fit) == 0
-    (checkpoint,) = (tmp_path / "mlruns" / "checkpoints").rglob("*.ckpt")
+    (checkpoint,) = (tmp_path / "mlruns" / "checkpoints").rglob("last.ckpt")
     state = torch.load(checkpoint, weights_only=True)
     assert state["hyper_parameters"]["num_classes"] == 10
     again = Classifier.load_from_checkpoint(checkpoint, weights_only=True)
