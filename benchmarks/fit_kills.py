@@ -15,6 +15,7 @@ import multiprocessing
 import os
 import random
 import signal
+import sys
 import tempfile
 import time
 import warnings
@@ -149,7 +150,9 @@ def main() -> None:
     arguments = parser.parse_args()
     # Imports are done once, in the server that forks the fits: a new process for each, without their 5 s.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["__main__"])
+    context.set_forkserver_preload(
+        [name for name in sys.modules if name.startswith(("ds_lightning.", "lightning.pytorch"))]
+    )
     warm = context.Process(target=os.getpid)
     warm.start()
     warm.join()
