@@ -20,7 +20,9 @@ from torch.utils.data import (
     get_worker_info,
 )
 
-from ._rng_state import Stream, derived_seed, seed_cpu
+from ds_lightning.functional.seeds import derived_seed
+
+from ._rng_state import Stream, seed_cpu
 
 # All of these draw at their first index, or from a generator that they make or are given.
 _DRAW_AT_ONCE = (DistributedSampler, RandomSampler, SequentialSampler, SubsetRandomSampler, WeightedRandomSampler)
@@ -42,7 +44,7 @@ class Place(Protocol):
 
 
 class Draw(NamedTuple):
-    """What goes to a worker in the place of a batch's indices: these, and the seed of the batch."""
+    """What goes to a worker for a batch: its indices and its seed."""
 
     seed: int
     index: Any

@@ -1,6 +1,5 @@
 """The global random generators of Python, NumPy and torch: reading, setting, seeding, and private streams."""
 
-import hashlib
 import random
 from types import TracebackType
 from typing import Any
@@ -8,17 +7,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.random import mtrand
-
-
-def derived_seed(seed: int, *key: str | int) -> int:
-    """Return a seed in [0, 2**32), which NumPy takes too, that depends on all of its arguments.
-
-    Args:
-        seed: the fit's seed.
-        key: what the stream is for, such as `("order", epoch)`.
-    """
-    digest = hashlib.sha256("/".join(map(str, (seed, *key))).encode()).digest()
-    return int.from_bytes(digest[:4], "big")
 
 
 def seed_cpu(seed: int) -> None:

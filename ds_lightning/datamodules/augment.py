@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .streams import derived_seed
+from ds_lightning.functional.seeds import derived_seed
 
 
 class RandomCropFlip:

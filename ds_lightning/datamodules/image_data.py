@@ -10,10 +10,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ds_lightning.errors import ConfigError, DataError
+from ds_lightning.functional.seeds import derived_seed
 
 from .augment import RandomCropFlip
 from .mixer import BatchMixer, check_mixing
-from .streams import EpochSampler, derived_seed, stratified_order
+from .streams import EpochSampler, stratified_order
 from .transforms import SeededTransform
 
 Batch = dict[str, Tensor]

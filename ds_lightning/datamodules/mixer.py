@@ -10,8 +10,7 @@ from torch import Tensor
 from ds_lightning.errors import NoEffectWarning
 from ds_lightning.functional.batch import as_batch
 from ds_lightning.functional.mixing import cutmix_boxes, mixup, paste_boxes
-
-from .streams import derived_seed
+from ds_lightning.functional.seeds import derived_seed
 
 
 def sample_beta(alpha: float, size: int, generator: torch.Generator) -> Tensor:

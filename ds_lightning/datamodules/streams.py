@@ -1,6 +1,5 @@
-"""Random streams that need no saved state: a seed for each (seed, purpose, rank, step), and the epoch's order."""
+"""Orders that need no saved state: they follow from a seed and the epoch's number."""
 
-import hashlib
 from collections.abc import Iterator, Sized
 from typing import Any
 
@@ -9,20 +8,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torch.utils.data.distributed import DistributedSampler
 
-
-def derived_seed(seed: int, *key: str | int) -> int:
-    """Return a seed in [0, 2**31) that depends on all of its arguments.
-
-    Args:
-        seed: the user's seed.
-        key: what the stream is for, such as `("mixing", rank, step)`.
-
-    Example:
-        >>> derived_seed(0, "mixing", 0, 1) == derived_seed(0, "mixing", 1, 0)
-        False
-    """
-    digest = hashlib.sha256("/".join(map(str, (seed, *key))).encode()).digest()
-    return int.from_bytes(digest[:4], "big") >> 1
+from ds_lightning.functional.seeds import derived_seed
 
 
 class EpochSampler(DistributedSampler[Any]):

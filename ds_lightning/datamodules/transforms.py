@@ -10,8 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ds_lightning.errors import DataError
-
-from .streams import derived_seed
+from ds_lightning.functional.seeds import derived_seed
 
 # At import it would wait up to 2 s for the package index. Set here, before a class path in a YAML imports it.
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
