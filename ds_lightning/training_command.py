@@ -83,4 +83,7 @@ def _safeguards(words: list[str]) -> list[str]:
     # One that the user chose decides what is saved; without any there would be Lightning's own.
     if config["trainer"].get("enable_checkpointing") is False or any(name.endswith("Checkpoint") for name in there):
         there.add("DurableCheckpoint")
+    # It refuses to share the writing of files with another one.
+    if "CheckpointIO" in str(config["trainer"].get("plugins")):
+        there.add("DurableCheckpoint")
     return [f"--trainer.callbacks+={path}" for path in SAFEGUARDS if path.rpartition(".")[2] not in there]
