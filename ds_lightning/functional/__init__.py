@@ -7,19 +7,43 @@ from ds_lightning._lazy import lazy_names
 if TYPE_CHECKING:
     from .batch import as_batch as as_batch
     from .batch import input_of as input_of
+    from .batch import restrict as restrict
+    from .fisher import FisherSum as FisherSum
+    from .fisher import fisher_diagonal as fisher_diagonal
+    from .fisher import fisher_sums as fisher_sums
+    from .fisher_labels import label_loss as label_loss
+    from .fisher_labels import model_labels as model_labels
     from .gradient_statistics import layer_gradient_moments as layer_gradient_moments
     from .mixing import cutmix as cutmix
     from .mixing import mixup as mixup
 
-__all__ = ["as_batch", "cutmix", "input_of", "layer_gradient_moments", "mixup"]
+__all__ = [
+    "FisherSum",
+    "as_batch",
+    "cutmix",
+    "fisher_diagonal",
+    "fisher_sums",
+    "input_of",
+    "label_loss",
+    "layer_gradient_moments",
+    "mixup",
+    "model_labels",
+    "restrict",
+]
 
 __getattr__, __dir__ = lazy_names(
     __name__,
     {
+        "FisherSum": ".fisher",
         "as_batch": ".batch",
         "cutmix": ".mixing",
         "input_of": ".batch",
+        "fisher_diagonal": ".fisher",
+        "fisher_sums": ".fisher",
+        "label_loss": ".fisher_labels",
+        "model_labels": ".fisher_labels",
         "layer_gradient_moments": ".gradient_statistics",
         "mixup": ".mixing",
+        "restrict": ".batch",
     },
 )
