@@ -21,6 +21,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 import ds_lightning.callbacks.layer_lr
 import ds_lightning.datamodules.image_folder
 import ds_lightning.datamodules.mnist5k
+import ds_lightning.datamodules.tasks
 import ds_lightning.datamodules.torchvision_sets
 import ds_lightning.modules.classifier
 import ds_lightning.tracking.tracker

@@ -10,10 +10,20 @@ if TYPE_CHECKING:
     from .in_memory import InMemoryImageData as InMemoryImageData
     from .mixer import BatchMixer as BatchMixer
     from .mnist5k import MNIST5k as MNIST5k
+    from .tasks import TaskStream as TaskStream
     from .torchvision_sets import CIFAR10 as CIFAR10
     from .torchvision_sets import FashionMNIST as FashionMNIST
 
-__all__ = ["CIFAR10", "BatchMixer", "FashionMNIST", "ImageData", "ImageFolder", "InMemoryImageData", "MNIST5k"]
+__all__ = [
+    "CIFAR10",
+    "BatchMixer",
+    "FashionMNIST",
+    "ImageData",
+    "ImageFolder",
+    "InMemoryImageData",
+    "MNIST5k",
+    "TaskStream",
+]
 
 __getattr__, __dir__ = lazy_names(
     __name__,
@@ -25,5 +35,6 @@ __getattr__, __dir__ = lazy_names(
         "ImageFolder": ".image_folder",
         "InMemoryImageData": ".in_memory",
         "MNIST5k": ".mnist5k",
+        "TaskStream": ".tasks",
     },
 )

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 MODALITIES = ("image", "text", "audio", "series", "table")
@@ -54,3 +55,31 @@ def input_of(batch: Mapping[str, Tensor]) -> Tensor:
             f"batch has the keys {sorted(batch)}; expected exactly one of {', '.join(MODALITIES)} as the input"
         )
     return batch[found[0]]
+
+
+def restrict(logits: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+    """Put the outputs that a sample's task does not have at minus infinity.
+
+    Args:
+        logits: (B, num_classes).
+        batch: may have `allowed`, (B, num_classes) bool: the outputs that each sample may get.
+
+    Returns:
+        (B, num_classes); `logits` itself when the batch has no `allowed`.
+
+    Raises:
+        ValueError: when `allowed` has another type or shape.
+
+    Example:
+        >>> restrict(torch.zeros(1, 2), {"allowed": torch.tensor([[True, False]])})
+        tensor([[0., -inf]])
+    """
+    allowed = batch.get("allowed")
+    if allowed is None:
+        return logits
+    if allowed.dtype != torch.bool or allowed.shape != logits.shape:
+        raise ValueError(
+            f"allowed is {allowed.dtype} of shape {tuple(allowed.shape)}; expected torch.bool of the logits' shape "
+            f"{tuple(logits.shape)}: the model needs as many outputs as the data have classes"
+        )
+    return logits.masked_fill(~allowed, float("-inf"))

@@ -19,7 +19,7 @@ from torchmetrics.classification import (
 )
 
 from ds_lightning.errors import ConfigError
-from ds_lightning.functional.batch import as_batch, input_of
+from ds_lightning.functional.batch import as_batch, input_of, restrict
 from ds_lightning.networks.by_name import backbone
 
 
@@ -28,6 +28,7 @@ class Classifier(LightningModule):
 
     What is not given (classes, channels, size) is read from the DataModule when training starts, and is kept
     in the checkpoint. Made to be subclassed: override `loss`, or `configure_optimizers`, and nothing else.
+    Outputs that a batch's `allowed` (B, num_classes) excludes are at minus infinity everywhere, also in `loss`.
 
     Logs `train/loss`, `train/accuracy` at every step (of mixed batches: lambda-weighted), and for `val` and
     `test` the loss, accuracy, macro F1 (`f1`) and expected calibration error (`calibration_error`) of an epoch.
@@ -46,7 +47,7 @@ class Classifier(LightningModule):
             for a convolutional network from scratch.
         lr_scheduler: makes a scheduler from the optimizer, stepped every epoch; `cosine` anneals to zero over
             the whole training, stepped every step; None keeps the rate.
-        label_smoothing: share of the target that is spread over all classes, in [0, 1).
+        label_smoothing: share of the target that is spread over all (allowed) classes, in [0, 1).
 
     Raises:
         ConfigError: when an argument is outside its range, or something is neither given nor in the data.
@@ -168,7 +169,14 @@ class Classifier(LightningModule):
             logits: (B, num_classes).
             label: (B,) int64 class indices.
         """
-        return F.cross_entropy(logits, label, reduction="none", label_smoothing=self.label_smoothing)
+        plain = F.cross_entropy(logits, label, reduction="none")
+        if self.label_smoothing == 0:
+            return plain
+        # The uniform share goes to the outputs that the sample may have: to the others it would be infinite.
+        possible = ~logits.isneginf()
+        log_probability = logits.log_softmax(dim=1).masked_fill(~possible, 0.0)
+        uniform = -log_probability.sum(dim=1) / possible.sum(dim=1)
+        return (1 - self.label_smoothing) * plain + self.label_smoothing * uniform
 
     def _mixed(self, of_label: Callable[[Tensor], Tensor], batch: Mapping[str, Tensor]) -> Tensor:
         """Average a per-sample quantity over both labels of a mixed batch, weighted by lambda."""
@@ -196,7 +204,7 @@ class Classifier(LightningModule):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the mean loss of a batch and log it with the accuracy."""
         batch = self._read(batch)
-        logits = self(input_of(batch))
+        logits = restrict(self(input_of(batch)), batch)
         loss = self._mixed(lambda label: self.loss(logits, label), batch).mean()
         predicted = logits.detach().argmax(dim=1)
         accuracy = self._mixed(lambda label: (predicted == label).float(), batch).mean()
@@ -207,7 +215,7 @@ class Classifier(LightningModule):
 
     def _evaluate(self, batch: Any, stage: str) -> None:
         batch = self._read(batch)
-        logits, label = self(input_of(batch)), batch["label"]
+        logits, label = restrict(self(input_of(batch)), batch), batch["label"]
         self.log(f"{stage}/loss", self.loss(logits, label).mean(), batch_size=len(label), sync_dist=True)
         metrics: MetricCollection = getattr(self, f"{stage}_metrics")
         metrics.update(logits, label)
@@ -225,8 +233,8 @@ class Classifier(LightningModule):
 
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the class probabilities (B, num_classes)."""
-        probabilities: Tensor = self(input_of(as_batch(batch))).softmax(dim=1)
-        return probabilities
+        batch = as_batch(batch)
+        return restrict(self(input_of(batch)), batch).softmax(dim=1)
 
     # ---------------------------------------------------------------- the confusion matrix
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from ds_lightning.functional import as_batch, input_of
+from ds_lightning.functional import as_batch, input_of, restrict
 
 X, Y = torch.randn(3, 2), torch.tensor([0, 1, 1])
 
@@ -37,3 +37,26 @@ def test_the_one_input() -> None:
         input_of({"image": X, "text": X, "label": Y})
     with pytest.raises(ValueError, match="exactly one"):
         input_of({"label": Y})
+
+
+def test_outputs_that_are_not_allowed_are_at_minus_infinity() -> None:
+    logits = torch.randn(3, 4, requires_grad=True)
+    allowed = torch.tensor([[True, False, True, False], [True] * 4, [False, False, False, True]])
+    got = restrict(logits, {"allowed": allowed})
+    for row in range(3):
+        for column in range(4):
+            assert got[row, column] == (logits[row, column] if allowed[row, column] else float("-inf"))
+    got.logsumexp(1).sum().backward()
+    assert torch.isfinite(logits.grad).all()
+    assert (logits.grad[~allowed] == 0).all()
+    assert torch.equal(got[1], logits[1])
+
+
+def test_without_allowed_the_logits_stay() -> None:
+    assert restrict(X, {"label": Y}) is X
+
+
+@pytest.mark.parametrize("allowed", [torch.ones(3, 4), torch.ones(3, 3).bool(), torch.ones(4).bool()])
+def test_allowed_of_another_shape_or_type_is_refused(allowed: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match="expected torch.bool of the logits' shape"):
+        restrict(torch.zeros(3, 4), {"allowed": allowed})

@@ -219,3 +219,58 @@ def test_wrong_arguments_are_named(kwargs: dict[str, Any], text: str) -> None:
 def test_nobody_tells_the_number_of_classes(tmp_path: Any) -> None:
     with pytest.raises(ConfigError, match="num_classes is neither given nor known from the DataModule"):
         trainer(tmp_path).fit(Classifier("resnet8"), loader())
+
+
+class Fixed(nn.Module):
+    """Logits that are given."""
+
+    def __init__(self, logits: Tensor) -> None:
+        super().__init__()
+        self.logits = nn.Parameter(logits)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.logits[: len(x)]
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.3])
+def test_a_restricted_loss_is_that_of_a_smaller_head(smoothing: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = torch.randn(6, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    allowed = torch.tensor([[True, False, True, False]] * 2 + [[True] * 4] * 2 + [[False, True, True, True]] * 2)
+    label = torch.tensor([0, 2, 1, 3, 3, 1])
+    model = Classifier(Fixed(logits.clone()), 4, label_smoothing=smoothing)
+    monkeypatch.setattr(model, "log", lambda *_, **__: None)
+    loss = model.training_step({"image": torch.zeros(6, 1), "label": label, "allowed": allowed}, 0)
+    loss.backward()
+
+    total, mine = torch.zeros((), dtype=torch.float64), logits.clone().requires_grad_()
+    for row in range(6):
+        kept = allowed[row].nonzero()[:, 0]
+        small = mine[row, kept][None]
+        target = (kept == label[row]).nonzero()[:, 0]
+        total = total + F.cross_entropy(small, target, label_smoothing=smoothing) / 6
+    total.backward()
+    assert torch.allclose(loss, total, rtol=1e-12)
+    assert isinstance(model.network, Fixed)
+    assert torch.allclose(model.network.logits.grad, mine.grad, rtol=1e-10, atol=1e-14)
+
+
+def test_evaluation_and_prediction_keep_to_the_allowed_outputs(tmp_path: Any) -> None:
+    logits = torch.tensor([[5.0, 1.0, 0.0], [5.0, 0.0, 2.0], [1.0, 2.0, 9.0]])
+    batch = {
+        "image": torch.zeros(3, 1),
+        "label": torch.tensor([1, 2, 1]),
+        "allowed": torch.tensor([[False, True, True], [False, True, True], [True, True, False]]),
+    }
+    model, data = Classifier(Fixed(logits), 3, label_smoothing=0.1), DataLoader([batch], batch_size=None)
+    (logged,) = trainer(tmp_path).validate(model, data, verbose=False)
+    assert logged["val/accuracy"] == 1.0
+    assert math.isfinite(logged["val/loss"])
+    (probability,) = trainer(tmp_path).predict(model, data)
+    assert torch.equal(probability == 0, ~batch["allowed"])
+    assert probability.sum(1).tolist() == pytest.approx([1.0] * 3)
+
+
+def test_smoothing_without_restriction_is_torchs() -> None:
+    logits, label = torch.randn(7, 3), torch.randint(0, 3, (7,))
+    expected = F.cross_entropy(logits, label, reduction="none", label_smoothing=0.2)
+    assert torch.allclose(small(label_smoothing=0.2).loss(logits, label), expected, atol=1e-6)
