@@ -18,6 +18,8 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 # Imported so that their short names (`--model Classifier`) resolve.
+import ds_lightning.callbacks.continual_metrics
+import ds_lightning.callbacks.ewc
 import ds_lightning.callbacks.layer_lr
 import ds_lightning.datamodules.image_folder
 import ds_lightning.datamodules.mnist5k

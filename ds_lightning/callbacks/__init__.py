@@ -5,20 +5,32 @@ from typing import TYPE_CHECKING
 from ds_lightning._lazy import lazy_names
 
 if TYPE_CHECKING:
+    from .continual_metrics import ContinualMetrics as ContinualMetrics
     from .durable_checkpoint import DurableCheckpoint as DurableCheckpoint
+    from .ewc import ElasticWeightConsolidation as ElasticWeightConsolidation
     from .exact_resume import ExactResume as ExactResume
     from .finite import FiniteGuard as FiniteGuard
     from .layer_lr import DynamicLayerLR as DynamicLayerLR
     from .preemption import Preemption as Preemption
 
-__all__ = ["DurableCheckpoint", "DynamicLayerLR", "ExactResume", "FiniteGuard", "Preemption"]
+__all__ = [
+    "ContinualMetrics",
+    "DurableCheckpoint",
+    "DynamicLayerLR",
+    "ElasticWeightConsolidation",
+    "ExactResume",
+    "FiniteGuard",
+    "Preemption",
+]
 
 __getattr__, __dir__ = lazy_names(
     __name__,
     {
+        "ContinualMetrics": ".continual_metrics",
         "ExactResume": ".exact_resume",
         "DurableCheckpoint": ".durable_checkpoint",
         "DynamicLayerLR": ".layer_lr",
+        "ElasticWeightConsolidation": ".ewc",
         "FiniteGuard": ".finite",
         "Preemption": ".preemption",
     },

@@ -8,6 +8,11 @@ if TYPE_CHECKING:
     from .batch import as_batch as as_batch
     from .batch import input_of as input_of
     from .batch import restrict as restrict
+    from .continual import average_accuracy as average_accuracy
+    from .continual import backward_transfer as backward_transfer
+    from .continual import forgetting as forgetting
+    from .continual import forward_transfer as forward_transfer
+    from .continual import largest_drop as largest_drop
     from .fisher import FisherSum as FisherSum
     from .fisher import fisher_diagonal as fisher_diagonal
     from .fisher import fisher_sums as fisher_sums
@@ -20,11 +25,16 @@ if TYPE_CHECKING:
 __all__ = [
     "FisherSum",
     "as_batch",
+    "average_accuracy",
+    "backward_transfer",
     "cutmix",
     "fisher_diagonal",
     "fisher_sums",
+    "forgetting",
+    "forward_transfer",
     "input_of",
     "label_loss",
+    "largest_drop",
     "layer_gradient_moments",
     "mixup",
     "model_labels",
@@ -34,6 +44,11 @@ __all__ = [
 __getattr__, __dir__ = lazy_names(
     __name__,
     {
+        "average_accuracy": ".continual",
+        "backward_transfer": ".continual",
+        "forgetting": ".continual",
+        "forward_transfer": ".continual",
+        "largest_drop": ".continual",
         "FisherSum": ".fisher",
         "as_batch": ".batch",
         "cutmix": ".mixing",

@@ -128,7 +128,7 @@ def fisher_sums(
     with _gradients_on():
         work = _Work(LossOf(module, per_sample_loss), names, method, chunk_size)
     for batch in batches:
-        with _gradients_on():
+        with _gradients_on(), _kept_parameters(module):
             # Tensors made in inference mode can't enter a graph; their copies can.
             own = tree_map(lambda x: x.clone() if isinstance(x, Tensor) and x.is_inference() else x, batch)
             work.add(own, _count(own))
@@ -234,6 +234,17 @@ def _count(batch: Any) -> int:
         got = f"a {wrong} without a sample axis" if wrong else f"sizes {sorted(sizes)} along the first axis"
         raise ValueError(f"the batch has {got}; expected tensors only, all with the samples along the first axis")
     return sizes.pop()
+
+
+@contextmanager
+def _kept_parameters(module: nn.Module) -> Iterator[None]:
+    """Put the parameters back: torch's functional_call leaves its own tensor in a layer that has two names."""
+    owned = [(part, name, p) for part in module.modules() for name, p in part._parameters.items()]
+    try:
+        yield
+    finally:
+        for part, name, p in owned:
+            part._parameters[name] = p
 
 
 @contextmanager

@@ -58,5 +58,5 @@ def test_without_allowed_the_logits_stay() -> None:
 
 @pytest.mark.parametrize("allowed", [torch.ones(3, 4), torch.ones(3, 3).bool(), torch.ones(4).bool()])
 def test_allowed_of_another_shape_or_type_is_refused(allowed: torch.Tensor) -> None:
-    with pytest.raises(ValueError, match="expected torch.bool of the logits' shape"):
+    with pytest.raises(ValueError, match=r"expected torch\.bool of the logits' shape"):
         restrict(torch.zeros(3, 4), {"allowed": allowed})

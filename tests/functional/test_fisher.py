@@ -409,3 +409,15 @@ def test_every_closed_form_is_tested_here():
     tested |= {nn.Conv1d, nn.Conv3d}  # in the test of convolutions of any shape
     tested |= {nn.SyncBatchNorm, nn.BatchNorm3d, nn.InstanceNorm1d, nn.InstanceNorm3d}  # the same functions as 1-d, 2-d
     assert tested >= set(RULES)
+
+
+def test_a_layer_with_two_names_keeps_its_parameters():
+    net = nn.Module()
+    net.a = nn.Linear(3, 2)
+    net.b = net.a
+    net.eval()
+    before = list(net.parameters())
+    x = torch.randn(4, 3)
+    fisher_diagonal(net, [x], lambda m, b: m.b(b).square().sum(1), method="vmap")
+    assert all(p is q for p, q in zip(net.parameters(), before, strict=True))
+    assert net.b.weight is net.a.weight is before[0]
