@@ -15,6 +15,7 @@ import logging
 import math
 import multiprocessing
 import statistics
+import sys
 import time
 import warnings
 from concurrent.futures import ProcessPoolExecutor
@@ -163,6 +164,9 @@ class Bench:
             "new_task_accuracy": spread([matrix.diagonal().mean().item() for matrix in matrices]),
             "seconds_a_task": round(statistics.median(result["seconds"] for result in found) / len(matrices[0]), 3),
         }
+        # The whole takes an hour: say what is known already.
+        accuracy = self.rows[name]["average_accuracy"]
+        print(f"{self.base.stream} {name}: {accuracy['mean']} +- {accuracy['standard_error']}", file=sys.stderr)
 
     def tune(self, name: str, field: str, start: float) -> None:
         """Take the best strength of a decade grid, by average accuracy over these very seeds: an upper bound."""
