@@ -1,10 +1,15 @@
 """SIGKILL a sweep at random moments, go on with its study, and compare Optuna's book with MLflow's.
 
 Run: OMP_NUM_THREADS=1 python benchmarks/sweep_kills.py [--kills 50] [--trials 30] [--workers 2]
+     [--storage journal|sqlite|postgresql]
+
+PostgreSQL is a private server in a temporary folder, from the `initdb` and `pg_ctl` on the PATH (or in Debian's
+folder); as root it runs as the user `postgres` or `nobody`, for the server refuses root.
 
 Half of the kills hit the sweep with all its processes, as a machine that goes down does; a quarter the parent alone,
 whose workers and writers live on for a while; a quarter one worker alone. A sweep that is through is followed by
-another one, until there were so many kills. Prints JSON: the kills, the trials, and every disagreement found.
+another one, until there were so many kills. Trials are saved at each validation, so that a killed one goes on from
+there. Prints JSON: the kills, the trials, how many retries went on from a checkpoint, and every disagreement found.
 """
 
 import argparse
@@ -21,26 +26,24 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import mlflow
 import optuna
 import psutil
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule
-from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend
+from storage_server import postgresql, storage_of
+from sweep_books import BATCHES, EPOCHS, disagreements, study_of
 from torch.utils.data import DataLoader, TensorDataset
 
 from ds_lightning.allowlist import allow_packages
 from ds_lightning.sweeps import Sweep
 from ds_lightning.sweeps.spec import SweepSpec
 
-EPOCHS, BATCHES = 5, 3
-STATUS = {"COMPLETE": "FINISHED", "PRUNED": "KILLED", "FAIL": "FAILED"}
+STEP_SECONDS = 0.2
 MOST_KILLS_OF_ONE = 25
 
 
 class Slope(LightningModule):
-    """Logs `train/x` = x + step and `val/loss` = (x - 3)^2 + 10 / epoch, and takes about a second."""
+    """Logs `train/x` = x + step and `val/loss` = (x - 3)^2 + 10 / epoch, and takes three seconds."""
 
     def __init__(self, x: float = 0.0) -> None:
         super().__init__()
@@ -49,7 +52,7 @@ class Slope(LightningModule):
 
     def training_step(self, batch: Any, index: int) -> torch.Tensor:
         self.log("train/x", self.x + self.global_step)
-        time.sleep(0.06)
+        time.sleep(STEP_SECONDS)
         return (self.weight * batch[0]).mean()
 
     def validation_step(self, batch: Any, index: int) -> None:
@@ -66,7 +69,7 @@ class Ones(LightningDataModule):
     val_dataloader = train_dataloader
 
 
-def content(trials: int) -> dict[str, Any]:
+def content(trials: int, storage: str | None) -> dict[str, Any]:
     """Return the sweep file."""
     trainer = {"max_epochs": EPOCHS, "accelerator": "cpu", "log_every_n_steps": 1, "num_sanity_val_steps": 0}
     return {
@@ -83,21 +86,19 @@ def content(trials: int) -> dict[str, Any]:
         "sampler": {"name": "random", "seed": 1},
         "pruner": {"name": "median", "n_startup_trials": 4},
         "trials": trials,
+        "storage": storage,
+        "checkpoint_seconds": 0,
     }
 
 
-def sweep(store: Path, trials: int, workers: int, study: str | None) -> None:
+def sweep(store: Path, storage: str | None, trials: int, workers: int, study: str | None) -> None:
     """Run the sweep, or go on with it, in this process."""
     warnings.simplefilter("ignore")
     allow_packages(["sweep_kills"])
     with (store / "out.txt").open("a") as out, contextlib.redirect_stderr(out):
-        result = Sweep(SweepSpec.from_dict(content(trials), name="kills"), store).run(workers=workers, study=study)
+        spec = SweepSpec.from_dict(content(trials, storage), name="kills")
+        result = Sweep(spec, store).run(workers=workers, study=study)
     sys.exit(result.exit_code)
-
-
-def journal(store: Path) -> Path | None:
-    """Return the study's journal, None when there is none yet."""
-    return next((store / "optuna").glob("*.journal"), None)
 
 
 def victims(parent: psutil.Process, dice: random.Random) -> tuple[str, list[psutil.Process]]:
@@ -116,36 +117,53 @@ def _command(process: psutil.Process) -> str:
     return ""
 
 
-def wait_for_moment(process: Any, store: Path, dice: random.Random) -> None:
-    """Wait for a random moment: while the sweep starts, or after it has given out a trial."""
-    if dice.random() < 0.25:
+def wait_for_moment(process: Any, store: Path, storage: str | None, dice: random.Random) -> None:
+    """Wait for a random moment: while the sweep starts, after it has given out a trial, or after one was saved."""
+    kind = dice.choices(["start", "trial", "checkpoint"], [1, 1, 2])[0]
+    if kind == "start":
         process.join(dice.uniform(0.0, 8.0))
-        return
-    path = journal(store)
-    before = len(load(path).trials) if path else 0
-    while process.exitcode is None:
-        path = journal(store)
-        with contextlib.suppress(KeyError, ValueError):
-            if path and len(load(path).trials) > before:
-                break
-        process.join(0.1)
-    process.join(dice.uniform(0.0, 4.0))
+    elif kind == "trial":
+        before = count(store, storage)
+        while process.exitcode is None and count(store, storage) <= before:
+            process.join(0.1)
+        process.join(dice.uniform(0.0, 4.0))
+    else:
+        now = time.time()
+        while process.exitcode is None and last_saved(store) < now:
+            process.join(0.05)
+        # Two validations are 0.6 s apart.
+        process.join(dice.uniform(0.0, 1.0))
 
 
-def load(path: Path) -> optuna.Study:
-    return optuna.load_study(study_name=path.stem, storage=JournalStorage(JournalFileBackend(str(path))))
+def last_saved(store: Path) -> float:
+    """Return when a trial was saved for the last time; 0 without a checkpoint."""
+    latest = 0.0
+    for path in (store / "sweeps").glob("*/checkpoints/trial-*/last.ckpt"):
+        with contextlib.suppress(FileNotFoundError):
+            latest = max(latest, path.stat().st_mtime)
+    return latest
 
 
-def disturbed(context: Any, store: Path, dice: random.Random, kills: int, trials: int, workers: int) -> Counter[str]:
+def count(store: Path, storage: str | None) -> int:
+    """Return how many trials there are."""
+    # A journal may end in half a line.
+    with contextlib.suppress(KeyError, ValueError):
+        study = study_of(store, storage)
+        return len(study.trials) if study else 0
+    return 0
+
+
+def disturbed(
+    context: Any, store: Path, storage: str | None, dice: random.Random, kills: int, trials: int, workers: int
+) -> Counter[str]:
     """Run one sweep to its end with up to `kills` kills; return how many of each kind."""
     done: Counter[str] = Counter()
     while True:
-        path = journal(store)
-        process = context.Process(target=sweep, args=(store, trials, workers, path.stem if path else None))
+        process = context.Process(target=sweep, args=(store, storage, trials, workers, name_of(store, storage)))
         process.start()
         parent = psutil.Process(process.pid)
         while process.exitcode is None and sum(done.values()) < kills:
-            wait_for_moment(process, store, dice)
+            wait_for_moment(process, store, storage, dice)
             if process.exitcode is not None:
                 break
             with contextlib.suppress(psutil.NoSuchProcess):
@@ -164,62 +182,12 @@ def disturbed(context: Any, store: Path, dice: random.Random, kills: int, trials
             raise RuntimeError(f"the sweep ended with {process.exitcode}; see {store / 'out.txt'}")
 
 
-def disagreements(store: Path, trials: int) -> tuple[list[str], Counter[str]]:
-    """Compare the study with MLflow and with what each trial must have logged."""
-    path = journal(store)
-    assert path is not None
-    study = load(path)
-    client = mlflow.MlflowClient(f"sqlite:///{store / 'mlflow.db'}")
-    experiment = client.get_experiment_by_name("kills")
-    runs = client.search_runs([experiment.experiment_id], max_results=5000)
-    parents = [run for run in runs if "optuna.sweep" in run.data.tags]
-    wrong = []
-    if [run.info.status for run in parents] != ["FINISHED"]:
-        wrong.append(f"parent runs: {[run.info.status for run in parents]}")
-    states = Counter(trial.state.name for trial in study.trials)
-    if states["COMPLETE"] + states["PRUNED"] != trials or set(states) - set(STATUS):
-        wrong.append(f"states: {dict(states)}")
-    of_trial: dict[int, list[Any]] = {}
-    for run in runs:
-        if "optuna.trial" in run.data.tags:
-            of_trial.setdefault(int(run.data.tags["optuna.trial"]), []).append(run)
-        elif run not in parents:
-            wrong.append(f"run {run.info.run_name} belongs to no trial")
-    if strange := set(of_trial) - {trial.number for trial in study.trials}:
-        wrong.append(f"runs of no trial: {strange}")
-    for trial in study.trials:
-        own = of_trial.get(trial.number, [])
-        seen = [(run.info.status, run.data.tags.get("optuna.state")) for run in own]
-        if seen != [(STATUS[trial.state.name], trial.state.name)]:
-            wrong.append(f"trial {trial.number} is {trial.state.name}, its runs are {seen}")
-        elif trial.state.name != "FAIL":
-            wrong += [f"trial {trial.number}: {text}" for text in metrics_wrong(client, own[0], trial)]
-        if "retry_of" in trial.user_attrs:
-            first = study.trials[trial.user_attrs["retry_of"]]
-            if first.state.name != "FAIL" or not first.params.items() <= trial.params.items():
-                wrong.append(f"trial {trial.number} does not repeat trial {first.number}")
-            if [run.data.tags.get("retry_of") for run in own] != [str(first.number)]:
-                wrong.append(f"trial {trial.number}: the tag retry_of is not {first.number}")
-    return wrong, Counter({**states, "retries": sum("retry_of" in trial.user_attrs for trial in study.trials)})
-
-
-def metrics_wrong(client: Any, run: Any, trial: optuna.trial.FrozenTrial) -> list[str]:
-    """Compare a trial's metrics with what it must have logged."""
-    x = trial.params["model.x"]
-    epochs = EPOCHS if trial.state.name == "COMPLETE" else len(trial.intermediate_values)
-    must = {
-        "train/x": [(step, x + step) for step in range(epochs * BATCHES)],
-        "val/loss": [(BATCHES * k - 1, (x - 3) ** 2 + 10 / k) for k in range(1, epochs + 1)],
-    }
-    wrong = []
-    if len(trial.intermediate_values) != epochs:
-        wrong.append(f"{len(trial.intermediate_values)} of {epochs} values in the study")
-    for key, expected in must.items():
-        found = sorted((point.step, point.value) for point in client.get_metric_history(run.info.run_id, key))
-        close = all(abs(a[1] - b[1]) < 1e-4 for a, b in zip(found, expected, strict=False))
-        if [step for step, _ in found] != [step for step, _ in expected] or not close:
-            wrong.append(f"{key} is {found}, not {expected}")
-    return wrong
+def name_of(store: Path, storage: str | None) -> str | None:
+    """Return the study's name; that of a journal without a study is its file's."""
+    if storage is None:
+        return next((path.stem for path in (store / "optuna").glob("*.journal")), None)
+    study = study_of(store, storage)
+    return study.study_name if study else None
 
 
 def main() -> None:
@@ -228,6 +196,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--trials", type=int, default=30)
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--storage", choices=["journal", "sqlite", "postgresql"], default="journal")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -244,18 +213,27 @@ def main() -> None:
     wrong: list[str] = []
     sweeps = 0
     start = time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        kind = arguments.storage
+        server = stack.enter_context(postgresql(Path(folder))) if kind == "postgresql" else ""
         while sum(kills.values()) < arguments.kills:
             store = Path(folder) / str(sweeps)
             store.mkdir()
+            storage = storage_of(kind, server, store)
             most = min(MOST_KILLS_OF_ONE, arguments.kills - sum(kills.values()))
-            kills += disturbed(context, store, dice, most, arguments.trials, arguments.workers)
-            found, states = disagreements(store, arguments.trials)
+            kills += disturbed(context, store, storage, dice, most, arguments.trials, arguments.workers)
+            found, states = disagreements(store, storage, arguments.trials)
             wrong += [f"sweep {sweeps}: {text}" for text in found]
-            trials += states
+            # `+=` would drop what is zero.
+            trials.update(states)
             sweeps += 1
     figures = {"kills": dict(kills), "sweeps": sweeps, "trials": dict(trials), "disagreements": wrong}
-    print(json.dumps({"seed": arguments.seed, "seconds": round(time.perf_counter() - start), **figures}, indent=1))
+    print(
+        json.dumps(
+            {"storage": kind, "seed": arguments.seed, "seconds": round(time.perf_counter() - start), **figures},
+            indent=1,
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -9,17 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from filelock import FileLock
 
 # They speak of Lightning's use of jsonargparse, about which a user can do nothing.
 os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
 
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 # Imported so that their short names (`--model Classifier`) resolve.
 import ds_lightning.callbacks.continual_metrics
 import ds_lightning.callbacks.ewc
+import ds_lightning.callbacks.finite
 import ds_lightning.callbacks.layer_lr
 import ds_lightning.datamodules.image_folder
 import ds_lightning.datamodules.mnist5k
@@ -28,9 +29,15 @@ import ds_lightning.datamodules.torchvision_sets
 import ds_lightning.modules.classifier
 import ds_lightning.tracking.tracker
 from ds_lightning.allowlist import allow_packages, one_line_refusals, refusal, split_allowed
+from ds_lightning.checkpoint_check import does_not_fit
 from ds_lightning.errors import ConfigError
+from ds_lightning.logged_config import LogConfig, tracker_entries
+from ds_lightning.optimizer_count import OptimizerCount
+from ds_lightning.parsed_checks import check_parsed
+from ds_lightning.parser_messages import plain_message
 from ds_lightning.presets import find_config
-from ds_lightning.resume import UnfinishedRun, hold
+from ds_lightning.resume import UnfinishedRun
+from ds_lightning.yaml_check import check_yaml
 
 SUBCOMMANDS = ("fit", "validate", "test", "predict")
 # What `ds-lightning fit` adds to the callbacks, in this order, unless they are there or `safeguards` is false.
@@ -39,42 +46,6 @@ SAFEGUARDS = tuple(
     for name in ("ExactResume", "DurableCheckpoint", "Preemption")
     if name in ds_lightning.callbacks.__all__
 )
-
-
-class LogConfig(SaveConfigCallback):
-    """Hand the resolved configuration to every logger that takes one (`log_config`)."""
-
-    def __init__(self, *args: Any, resumed: UnfinishedRun | None = None, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.resumed = resumed
-        self._held: list[FileLock] = []
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Let go of the runs that this process was training."""
-        self._let_go()
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Let go of them too: Lightning calls no teardown now."""
-        self._let_go()
-
-    def _let_go(self) -> None:
-        for lock in self._held:
-            lock.release()
-        self._held = []
-
-    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Log the configuration; called by Lightning on rank zero."""
-        config = yaml.safe_load(self.parser.dump(self.config, skip_unset=False))
-        if self.resumed is not None:
-            # Where it went on is this run's own matter: a new run from this file starts from nothing.
-            config["ckpt_path"] = None
-            for entry in tracker_entries(config["trainer"]):
-                entry["init_args"]["run_id"] = None
-        for logger in trainer.loggers:
-            log_config = getattr(logger, "log_config", None)
-            if log_config is not None:
-                self._held.append(hold(Path(str(logger.save_dir), str(logger.name), str(logger.version))))
-                log_config(config)
 
 
 class TrainingCLI(LightningCLI):
@@ -148,12 +119,34 @@ class TrainingCLI(LightningCLI):
             else:
                 self.config = parser.parse_args(with_found_configs(words or []))
         except ArgumentError as error:
-            raise ConfigError(refusal(error) or one_line(error)) from error
+            raise ConfigError(refusal(error) or plain_message(error)) from error
+        # Lightning reads the checkpoint's hyperparameters next.
+        check_parsed(self.config)
 
     def instantiate_classes(self) -> None:
         """Instantiate; a class that was hidden in a value of any type is refused here."""
         with one_line_refusals():
-            super().instantiate_classes()
+            try:
+                super().instantiate_classes()
+            except (TypeError, ValueError, MisconfigurationException) as error:
+                if isinstance(error, ConfigError) or refusal(error):
+                    raise
+                raise ConfigError(plain_message(error)) from error
+
+    def before_fit(self) -> None:
+        """Watch what is loaded; Lightning calls this before the fit."""
+        if self.config["fit"].get("ckpt_path"):
+            self.trainer.callbacks.insert(0, OptimizerCount())  # type: ignore[attr-defined]
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        try:
+            super()._run_subcommand(subcommand)
+        except RuntimeError as error:
+            path = self.config[subcommand].get("ckpt_path")
+            found = does_not_fit(path, error) if path else None
+            if found is None:
+                raise
+            raise found from error
 
 
 class Resolver(TrainingCLI):
@@ -167,34 +160,25 @@ class Resolver(TrainingCLI):
     def _run_subcommand(self, subcommand: str) -> None: ...
 
 
-def tracker_entries(trainer: Mapping[str, Any]) -> list[Any]:
-    """Return the entries of `trainer.logger` that are an MLflowTracker."""
-    return _entries_of(trainer.get("logger"), "MLflowTracker")
-
-
-def _entries_of(entries: Any, name: str) -> list[Any]:
-    several = entries if isinstance(entries, list) else [entries]
-    # jsonargparse's Namespace is no Mapping.
-    return [
-        entry
-        for entry in several
-        if entry and hasattr(entry, "get") and str(entry.get("class_path")).rpartition(".")[2] == name
-    ]
-
-
 def with_found_configs(words: Iterable[str]) -> list[str]:
     """Replace the value of each `--config` (or `-c`) by the path of the file it names."""
     found: list[str] = []
     value_next = False
     for word in words:
         if value_next:
-            word, value_next = str(find_config(word)), False
+            word, value_next = _checked(word), False
         elif word in ("--config", "-c"):
             value_next = True
         elif word.startswith("--config="):
-            word = f"--config={find_config(word.removeprefix('--config='))}"
+            word = f"--config={_checked(word.removeprefix('--config='))}"
         found.append(word)
     return found
+
+
+def _checked(name: str) -> str:
+    path = find_config(name)
+    check_yaml(path)
+    return str(path)
 
 
 def one_line(error: BaseException) -> str:

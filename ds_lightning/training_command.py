@@ -7,8 +7,9 @@ from tempfile import TemporaryDirectory
 import yaml
 
 from ds_lightning.errors import ConfigError
+from ds_lightning.logged_config import tracker_entries
 from ds_lightning.resume import UnfinishedRun, find_unfinished
-from ds_lightning.training import SAFEGUARDS, Resolver, TrainingCLI, dump, tracker_entries
+from ds_lightning.training import SAFEGUARDS, Resolver, TrainingCLI, dump
 
 
 def run_training_command(argv: list[str]) -> int:

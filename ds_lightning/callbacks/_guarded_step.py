@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import Module
 from torch.optim import Optimizer
 
-from ._finite_check import non_finite, size
+from ._finite_check import non_finite
 
 
 class GuardedStep:
@@ -63,15 +63,13 @@ class GuardedStep:
         """Return the parameters that the optimizer holds now, in its order."""
         return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 
+    def gradients(self) -> list[Tensor | None]:
+        """Return the gradients as they are now."""
+        return [parameter.grad for group in self.optimizer.param_groups for parameter in group["params"]]
+
     def flags(self, device: torch.device) -> Tensor:
         """Flag each parameter whose gradient is not finite."""
-        return non_finite([parameter.grad for parameter in self.parameters()], device)
-
-    def size(self, device: torch.device) -> Tensor:
-        """Return a scalar that is finite only if every gradient is, before clipping and after."""
-        total = size([parameter.grad for parameter in self.parameters()], device)
-        before = self.before_clipping
-        return total if before is None else torch.where(before.any(), torch.nan, total)
+        return non_finite(self.gradients(), device)
 
     def names(self, module: Module, bad: list[float]) -> list[str]:
         """Return the names of the flagged parameters."""

@@ -2,8 +2,8 @@
 
 import copy
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from itertools import count
+from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
@@ -22,25 +22,13 @@ from torch.utils.data import (
 
 from ds_lightning.functional.seeds import derived_seed
 
+from ._epoch_pass import Pass, Place, sized, start_pass
 from ._rng_state import Stream, seed_cpu
 
 # All of these draw at their first index, or from a generator that they make or are given.
 _DRAW_AT_ONCE = (DistributedSampler, RandomSampler, SequentialSampler, SubsetRandomSampler, WeightedRandomSampler)
-
-
-class Place(Protocol):
-    """What a loader asks about the fit."""
-
-    seed: int
-    rank: int
-    cycles: bool
-    sampler_seeds: dict[int, int]
-
-    def epoch(self) -> int:
-        """Return the number of the running epoch."""
-
-    def trained(self) -> int:
-        """Return how many batches of this epoch are trained already."""
+# One seed by itself meets cold caches and costs ten times as much as one of many.
+_SEEDS_AT_ONCE = 64
 
 
 class Draw(NamedTuple):
@@ -48,16 +36,6 @@ class Draw(NamedTuple):
 
     seed: int
     index: Any
-
-
-@dataclass
-class Pass:
-    """One iteration over a loader: a loader that is shorter than others is passed more than once an epoch."""
-
-    epoch: int = -1
-    number: int = 0
-    skip: int = 0
-    exhausted: bool = False
 
 
 class SeededData(Dataset[Any]):
@@ -144,16 +122,24 @@ class SeededOrder:
             order = iter(self._sampler)
             index = next(order, None)
         number = 0
+        seeds = _batch_seeds(place, key, skip)
         draws_later = not _draws_at_once(self._sampler)
         while index is not None:
             if number >= skip:
-                yield Draw(derived_seed(place.seed, "data", place.rank, *key, number), index)
+                yield Draw(next(seeds), index)
             number += 1
             if draws_later:
                 with stream:
                     index = next(order, None)
             else:
                 index = next(order, None)
+
+
+def _batch_seeds(place: Place, key: tuple[int, int, int], first: int) -> Iterator[int]:
+    """Go through the seeds of a pass's batches, from batch `first` on."""
+    for start in count(first, _SEEDS_AT_ONCE):
+        numbers = range(start, start + _SEEDS_AT_ONCE)
+        yield from [derived_seed(place.seed, "data", place.rank, *key, number) for number in numbers]
 
 
 def _draws_at_once(sampler: Any) -> bool:
@@ -231,25 +217,6 @@ class Replayed:
                 dropped += 1
             else:
                 yield batch
-
-
-def start_pass(current: Pass, place: Place, length: int | None) -> None:
-    """Say which pass starts now, and how much of it is trained already."""
-    epoch = place.epoch()
-    if epoch == current.epoch and current.exhausted:
-        current.number, current.skip, current.exhausted = current.number + 1, 0, False
-        return
-    current.epoch, current.number, current.skip, current.exhausted = epoch, 0, place.trained(), False
-    if place.cycles and length:
-        current.number, current.skip = divmod(current.skip, length)
-
-
-def sized(loader: Any) -> int | None:
-    """Return the number of batches, or None where it isn't known."""
-    try:
-        return len(loader)
-    except (TypeError, NotImplementedError):
-        return None
 
 
 def make_resumable(loader: Any, number: int, place: Place) -> Iterable[Any]:

@@ -1,5 +1,6 @@
 """One fit that ExactResume watches: its position, its generators and what is brought back from a checkpoint."""
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -9,13 +10,25 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from ds_lightning.errors import ConfigError
 
-from ._epoch_totals import read_gradients, read_logged, read_metrics, update_counts, write_gradients, write_metrics
-from ._resumable_loader import make_resumable, sized
+from ._epoch_pass import sized
+from ._epoch_totals import (
+    forget_logged,
+    read_gradients,
+    read_logged,
+    read_metrics,
+    update_counts,
+    write_gradients,
+    write_logged,
+    write_metrics,
+)
+from ._resumable_loader import make_resumable
 from ._rng_state import read_state, write_state
+
+_LIGHTNINGS_WARNING = "You're resuming from a checkpoint that ended before the epoch ended"
 
 
 class ResumedFit:
-    """One fit: where it is, what is brought back, and Lightning's two methods that are wrapped meanwhile."""
+    """One fit: where it is, what is brought back, and Lightning's methods that are wrapped meanwhile."""
 
     def __init__(self, trainer: pl.Trainer, module: pl.LightningModule, seed: int, requested: int | None) -> None:
         self.trainer, self.module, self.seed, self._requested = trainer, module, seed, requested
@@ -24,7 +37,6 @@ class ResumedFit:
         self.cycles = False
         self.sampler_seeds: dict[int, int] = {}
         self.loaded: dict[str, Any] | None = None
-        self.logged: dict[str, Any] = {}
         self._pending: dict[str, Any] = {}
         self._outer: dict[str, Any] | None = None
         self._counts: dict[str, int] | None = None
@@ -36,6 +48,8 @@ class ResumedFit:
             (self.loop, "setup_data", self._setup_data),
             (epoch_loop.val_loop, "run", self._run_validation),
             (epoch_loop, "on_run_start", self._on_epoch_run_start),
+            (epoch_loop, "reset", self._reset_epoch),
+            (self.loop, "run", self._run),
         )
         self._originals: list[Callable[..., Any]] = []
         for owner, name, replacement in self._wrapped:
@@ -45,6 +59,7 @@ class ResumedFit:
     def leave(self) -> None:
         for owner, name, _ in self._wrapped:
             owner.__dict__.pop(name, None)
+        forget_logged(self.loop.epoch_loop._results)
 
     def epoch(self) -> int:
         progress: Any = self.loop.epoch_progress.current
@@ -57,20 +72,28 @@ class ResumedFit:
             return 0
         return int(loop.batch_progress.current.processed)
 
-    def bring_back(self) -> None:
+    def bring_back(self, *, in_epoch: bool) -> None:
         if not self._pending:
             return
         pending, self._pending = self._pending, {}
-        position = self.trained()
+        # Also between epochs: there may be metrics that are never reset.
+        write_metrics(self.module, pending.get("metrics", {}))
+        connector = self.trainer._logger_connector
+        position = self.trained() if in_epoch else 0
         if position:
             self._check_batches(pending.get("batches", self._batches), position)
-            write_metrics(self.module, pending.get("metrics", {}))
             write_gradients(self.module, pending.get("gradients", {}))
-            self.logged = pending.get("logged", {})
+            self._write_logged(pending)
+            # Else the next batch would be the epoch's first one to Lightning, which drops what was logged before it.
+            connector._first_loop_iter = False
         # What plateau schedulers, early stopping and checkpoints monitor may be from before.
-        self.trainer._logger_connector._callback_metrics.update(pending.get("monitored", {}))
+        connector._callback_metrics.update(pending.get("monitored", {}))
         if "generators" in pending:
             write_state(pending["generators"])
+
+    def _write_logged(self, pending: dict[str, Any]) -> None:
+        reduce = self.trainer.strategy.reduce
+        write_logged(self.loop.epoch_loop._results, pending.get("logged", {}), self.module, reduce)
 
     def read(self) -> dict[str, Any]:
         state: dict[str, Any] = {
@@ -85,7 +108,7 @@ class ResumedFit:
         state["validating"] = self._counts is not None
         state["monitored"] = {key: value.detach().clone() for key, value in self.trainer.callback_metrics.items()}
         state["metrics"] = read_metrics(self.module, self._counts)
-        state["logged"] = {**self.logged, **read_logged(self.loop.epoch_loop._results)}
+        state["logged"] = read_logged(self.loop.epoch_loop._results)
         state["gradients"] = read_gradients(self.module) if self._accumulating() else {}
         return state
 
@@ -108,6 +131,8 @@ class ResumedFit:
         if self._epoch_cut_off:
             # With max_steps Lightning would run the end of this epoch once more.
             self.loop._restarting = False
+        if self._epoch_cut_off or epochs.started == epochs.processed == epochs.completed:
+            # Between epochs. Lightning would take the batches of the last one for those of the next.
             self.loop.epoch_loop.restarting = False
         if not state:
             if inside:
@@ -155,12 +180,18 @@ class ResumedFit:
             write_state(self._outer)
             self._outer = None
 
+    def _run(self) -> None:
+        if self.loaded is not None:
+            loaded, self.loaded = self.loaded, None
+            if self.loop._loaded_from_state_dict:
+                # Loaders that were made in configure_optimizers don't know the position.
+                self.loop._combined_loader = None
+            self._resume(loaded)
+        self._originals[4]()
+
     def _setup_data(self) -> None:
         if self.loop._combined_loader is not None and not self.loop._should_reload_train_dl:
             return
-        if self.loaded is not None:
-            loaded, self.loaded = self.loaded, None
-            self._resume(loaded)
         strategy: Any = self.trainer.strategy
         process = strategy.process_dataloader
         number = 0
@@ -182,6 +213,9 @@ class ResumedFit:
         combined = self.loop._combined_loader
         self.cycles = combined is not None and combined._mode == "max_size_cycle"
         self._batches = [] if combined is None else [sized(loader) for loader in combined.flattened]
+        if self._epoch_cut_off:
+            self._epoch_cut_off = False
+            self._finish_epoch()
 
     def _run_validation(self) -> Any:
         self._counts = update_counts(self.module)
@@ -193,23 +227,41 @@ class ResumedFit:
 
     def _on_epoch_run_start(self, data_fetcher: Any) -> None:
         self._originals[2](data_fetcher)
+        known = bool(self._pending)
         # No hook of anybody's is called between this and the first batch.
-        self.bring_back()
+        self.bring_back(in_epoch=True)
         # It keeps plateau schedulers from stepping at the end of an epoch whose metrics Lightning believes lost.
         self.loop._restarting = False
         if self._cut_off:
             self._cut_off = False
             loop = self.loop.epoch_loop
             loop.val_loop.restarting = False
+            if known and not self._validated:
+                # Saved in `on_train_batch_end`: the logger has not had that step's values.
+                self.trainer._logger_connector.on_batch_end()
+                self.trainer._logger_connector.update_train_step_metrics()
             loop._skip_next_val = self._validated
             loop.on_advance_end(data_fetcher)
             loop.on_iteration_done()
 
-    def finish_epoch(self) -> None:
-        """Step the plateau schedulers, which Lightning does after it has saved the checkpoint of an epoch's end."""
-        if self._epoch_cut_off:
-            self._epoch_cut_off = False
-            progress = self.loop.epoch_progress.current
-            progress.completed -= 1
-            self.loop.epoch_loop.update_lr_schedulers("epoch", update_plateau_schedulers=True)
-            progress.completed += 1
+    def _reset_epoch(self) -> None:
+        with warnings.catch_warnings():
+            # Lightning believes that the loaders start over.
+            warnings.filterwarnings("ignore", message=_LIGHTNINGS_WARNING)
+            self._originals[3]()
+
+    def _finish_epoch(self) -> None:
+        """Do what Lightning does after the hooks of an epoch's end, in which the checkpoint was saved."""
+        pending, loop = self._pending, self.loop.epoch_loop
+        if not pending:
+            return
+        write_metrics(self.module, pending["metrics"])
+        self._write_logged(pending)
+        connector = self.trainer._logger_connector
+        connector._callback_metrics.update(pending["monitored"])
+        if loop._num_ready_batches_reached():
+            loop.update_lr_schedulers("epoch", update_plateau_schedulers=True)
+        loop._batches_that_stepped -= 1
+        connector.update_train_epoch_metrics()
+        loop._batches_that_stepped += 1
+        pending["logged"], pending["metrics"] = {}, read_metrics(self.module, None)

@@ -2,13 +2,14 @@
 
 from datetime import timedelta
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.types import STEP_OUTPUT
 
 from ds_lightning.checkpoints import DurableCheckpointIO
 from ds_lightning.errors import ConfigError
@@ -82,6 +83,29 @@ class DurableCheckpoint(ModelCheckpoint):
             save_on_train_epoch_end=save_on_train_epoch_end,
             enable_version_counter=enable_version_counter,
         )
+
+        self._key: tuple[object, str] = (None, "")
+
+    @property
+    def state_key(self) -> str:
+        """The name of the state in a checkpoint: ModelCheckpoint's, kept, for Lightning asks before every hook."""
+        made_of = (
+            self.monitor,
+            self.mode,
+            self._every_n_train_steps,
+            self._every_n_epochs,
+            self._train_time_interval,
+        )
+        if self._key[0] != made_of:
+            self._key = (made_of, super().state_key)
+        return self._key[1]
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int
+    ) -> None:
+        """Save as ModelCheckpoint does; no question is asked in a batch that can't be due."""
+        if self._every_n_train_steps > 0 or self._train_time_interval is not None:
+            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Give the strategy the durable writer; called by Lightning before a checkpoint is loaded."""

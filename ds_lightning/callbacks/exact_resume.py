@@ -1,6 +1,5 @@
 """A killed fit that goes on as if nothing had happened."""
 
-import warnings
 from typing import Any
 
 import lightning.pytorch as pl
@@ -10,10 +9,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from ds_lightning.errors import ConfigError
 
-from ._epoch_totals import add_logged
 from ._resumed_fit import ResumedFit
-
-_LIGHTNINGS_WARNING = "You're resuming from a checkpoint that ended before the epoch ended"
 
 
 class ExactResume(pl.Callback):
@@ -31,7 +27,7 @@ class ExactResume(pl.Callback):
     **What it logs.** Nothing.
 
     **Checkpoint.** For each rank: the seed, the states of all generators (CUDA too), the number of batches; in the
-    middle of an epoch also the states of torchmetrics, the sums of `self.log(on_epoch=True)`, and the gradients of a
+    middle of an epoch also the states of torchmetrics, what `self.log` has gathered, and the gradients of a
     half-done accumulation. All tensors and plain Python. The checkpoint loads without the callback.
 
     **Limits.** Refused in the middle of an epoch: another number of processes or of batches. A loader with
@@ -40,8 +36,8 @@ class ExactResume(pl.Callback):
     the module that runs after the checkpoint of the same batch, validation or epoch was saved is not made up for:
     `on_train_batch_end` gives a warning.
 
-    **Cost.** With `num_workers=0` the generators are exchanged once a batch, on the host (docs/exact_resume.md has the
-    figure); with workers the seeding runs there. It never waits for the device.
+    **Cost.** With `num_workers=0` the CPU's generators are exchanged once a batch (figure: docs/exact_resume.md);
+    with workers the seeding runs there. CUDA's are read at checkpoints and validations; it never waits for the device.
 
     Args:
         seed: of the order and the augmentation, >= 0. None: torch's initial seed in each process, as
@@ -64,6 +60,7 @@ class ExactResume(pl.Callback):
     def _forget(self) -> None:
         self._fit: ResumedFit | None = None
         self._loaded: dict[str, Any] = {}
+        self._at_the_end: dict[str, Any] = {}
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Step between Lightning and the train loaders."""
@@ -79,8 +76,6 @@ class ExactResume(pl.Callback):
                     f"{type(pl_module).__name__}, so what that hook changes is lost for one batch on resume; move it "
                     "to on_before_zero_grad, optimizer_step or training_step"
                 )
-            # Lightning believes that the loaders start over.
-            warnings.filterwarnings("ignore", message=_LIGHTNINGS_WARNING)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of all ranks; every rank must call this, as Lightning does."""
@@ -106,24 +101,14 @@ class ExactResume(pl.Callback):
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Bring the generators back for the hooks of a new epoch; a resume inside an epoch does not come here."""
         assert self._fit is not None
-        self._fit.bring_back()
-        self._fit.finish_epoch()
+        self._fit.bring_back(in_epoch=False)
 
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Add what was logged before the resume."""
-        assert self._fit is not None
-        if self._fit.logged:
-            add_logged(trainer.fit_loop.epoch_loop._results, self._fit.logged)
-
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Drop saved sums of values that nobody logged again."""
-        assert self._fit is not None
-        self._fit.logged = {}
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Keep the state for a checkpoint that is saved when the fit is over."""
+        self._at_the_end = self.state_dict()
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Leave the loops as they were."""
         if stage == "fit" and self._fit is not None:
             self._fit.leave()
-            self._fit = None
+            self._fit, self._loaded = None, self._at_the_end

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from ds_lightning.errors import ConfigError
 
+from ._finite_check import FiniteCheck
 from ._finite_words import described, limit_reached, listed
 from ._guarded_step import GuardedStep
 
@@ -42,8 +43,8 @@ class FiniteGuard(pl.Callback):
     is guarded at the first evaluation; NaN at a later one stops training, for a step under way can't be undone.
     DeepSpeed steps by itself and is refused.
 
-    **Cost.** A pass over the gradients (two with clipping) and one read of a flag, which makes the host wait for
-    backward; on several ranks one small all-reduce. See docs/finite.md.
+    **Cost.** A pass over the gradients (two with clipping), which writes the same bits back, and one read of a flag,
+    which makes the host wait for backward; on several ranks one small all-reduce. See docs/finite.md.
 
     Args:
         max_consecutive: steps left out in a row, of one optimizer, at which training stops, >= 1.
@@ -75,6 +76,9 @@ class FiniteGuard(pl.Callback):
         self._logged_at = -1
         # Of the fit under way; Any, for it is there whenever a step is.
         self._trainer: Any = None
+        self._check: Any = None
+        self._device = torch.device("cpu")
+        self._ranks, self._on_host = 1, True
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Forget an earlier fit; a checkpoint's state is loaded after this."""
@@ -96,7 +100,7 @@ class FiniteGuard(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Note the batch; guard optimizers that were replaced since."""
-        if [id(guard.optimizer) for guard in self._guards] != [id(optimizer) for optimizer in trainer.optimizers]:
+        if [guard.optimizer for guard in self._guards] != trainer.optimizers:
             self._guard(trainer)
         self._batch = batch_idx
         for guard in self._guards:
@@ -115,8 +119,9 @@ class FiniteGuard(pl.Callback):
         for guard in self._guards:
             if guard.optimizer is optimizer:
                 guard.waits = True
-                if _clips(trainer, pl_module):
-                    guard.before_clipping = guard.flags(trainer.strategy.root_device)
+                # On a CPU a look costs nothing; elsewhere it would wait for the device.
+                if _clips(trainer, pl_module) and (not self._on_host or self._any_raised(guard)):
+                    guard.before_clipping = guard.flags(self._device)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -170,7 +175,8 @@ class FiniteGuard(pl.Callback):
 
     def _guard(self, trainer: pl.Trainer) -> None:
         self._remove()
-        self._trainer = trainer
+        self._trainer, self._device, self._ranks = trainer, trainer.strategy.root_device, trainer.world_size
+        self._check, self._on_host = FiniteCheck(self._device), self._device.type == "cpu"
         self._guards = [GuardedStep(optimizer, self._decide, self._check_again) for optimizer in trainer.optimizers]
         for guard, consecutive in zip(self._guards, self._consecutive, strict=False):
             guard.consecutive = consecutive
@@ -180,52 +186,57 @@ class FiniteGuard(pl.Callback):
             self._consecutive = [guard.consecutive for guard in self._guards]
         for guard in self._guards:
             guard.remove()
-        self._guards, self._trainer = [], None
+        self._guards, self._trainer, self._check = [], None, None
 
     def _decide(self, guard: GuardedStep) -> bool:
         # A fused optimizer with a GradScaler: gradients are still scaled, and the step looks at this flag by itself.
         found = getattr(guard.optimizer, "found_inf", None)
-        device = self._trainer.strategy.root_device
-        steps = self._looks_finite(torch.zeros((), device=device) if found is not None else guard.size(device))
-        if not steps:
-            if found is not None:
-                gradients = torch.zeros(len(guard.parameters()), device=device)
-            else:
-                gradients = guard.flags(device)
-            before = guard.before_clipping
-            if before is not None and len(before) == len(gradients):
-                # Where all was finite before clipping, and not after, a callback that comes later added it.
-                gradients = torch.where(before.any(), before, gradients)
-            flags, lost = self._reduced(gradients)
-            steps = not lost
-        guard.before_clipping = None
-        if steps:
+        before, guard.before_clipping = guard.before_clipping, None
+        raised = self._check([] if found is not None else guard.gradients())
+        if self._all_finite(raised if before is None else raised + before.sum()):
             guard.consecutive = 0
             self._losses, guard.first_batch = [], None
             if found is not None and found.item():
                 self.scaler_skipped += 1
             return True
+        self._check.lower()
+        if found is not None:
+            gradients = torch.zeros(len(guard.parameters()), device=self._device)
+        else:
+            gradients = guard.flags(self._device)
+        if before is not None and len(before) == len(gradients):
+            # Where all was finite before clipping, and not after, a callback that comes later added it.
+            gradients = torch.where(before.any(), before, gradients)
+        flags, _ = self._reduced(gradients)
         bad = flags.tolist()
         self._leave_out(
             guard, guard.names(self._trainer.lightning_module, bad[: len(gradients)]), bad[len(gradients) :]
         )
         return False
 
-    def _looks_finite(self, size: Tensor) -> bool:
-        """Read one number: finite on every rank, losses included."""
+    def _any_raised(self, guard: GuardedStep) -> bool:
+        raised = bool(self._check(guard.gradients()).item())
+        if raised:
+            self._check.lower()
+        return raised
+
+    def _all_finite(self, raised: Tensor) -> bool:
+        """Read one number: whether no flag is raised on any rank, and all losses are finite."""
+        if self._ranks == 1 and self._on_host:
+            return not raised.item() and all(math.isfinite(loss.item()) for _, loss in self._losses)
         for _, loss in self._losses:
-            size = size + loss.to(size.device)
-        if self._trainer.world_size == 1:
-            return math.isfinite(size.item())
-        bad = size.isfinite().logical_not().float()
-        return not self._trainer.strategy.reduce(bad, reduce_op="sum").item()
+            # Nothing, unless the loss is not finite: then NaN.
+            raised = torch.add(raised, loss.to(self._device), alpha=0)
+        if self._ranks > 1:
+            raised = self._trainer.strategy.reduce(raised.ne(0).float(), reduce_op="sum")
+        return raised.item() == 0
 
     def _check_again(self, guard: GuardedStep) -> None:
         self._losses = self._losses[-1:]
-        flags, lost = self._reduced(guard.flags(self._trainer.strategy.root_device))
+        flags, lost = self._reduced(guard.flags(self._device))
         self._losses = []
         if lost:
-            names = guard.names(self._trainer.lightning_module, flags.tolist()[: -self._trainer.world_size])
+            names = guard.names(self._trainer.lightning_module, flags.tolist()[: -self._ranks])
             raise FloatingPointError(
                 f"FiniteGuard: {listed(names)} became NaN or inf at a further evaluation inside a step of "
                 f"{type(guard.optimizer).__name__}, which can't be undone; go on from the last checkpoint with a "
@@ -234,19 +245,19 @@ class FiniteGuard(pl.Callback):
 
     def _reduced(self, gradients: Tensor) -> tuple[Tensor, bool]:
         """Append a flag of each rank's loss, add up over the ranks, and read whether any is set."""
-        of_ranks = torch.zeros(self._trainer.world_size, device=gradients.device)
+        of_ranks = torch.zeros(self._ranks, device=gradients.device)
         if self._losses:
             losses = torch.stack([loss.to(gradients.device) for _, loss in self._losses])
             of_ranks[self._trainer.global_rank] = losses.isfinite().all().logical_not().to(of_ranks)
         flags = torch.cat([gradients, of_ranks])
-        if self._trainer.world_size > 1:
+        if self._ranks > 1:
             flags = self._trainer.strategy.reduce(flags, reduce_op="sum")
         return flags, bool(flags.any().item())
 
     def _left_out_by_scaler(self, guard: GuardedStep, scale: float) -> None:
         """Tell a search for the scale, which is normal, from a loss or weights that are NaN."""
         guard.before_clipping = None
-        flags, lost = self._reduced(torch.zeros(0, device=self._trainer.strategy.root_device))
+        flags, lost = self._reduced(torch.zeros(0, device=self._device))
         if lost or scale < 1:
             names = [] if lost else [f"gradients at a GradScaler's scale of {scale:g}"]
             self._leave_out(guard, names, flags.tolist())
@@ -272,7 +283,7 @@ class FiniteGuard(pl.Callback):
             "loss_on_ranks": [rank for rank, flag in enumerate(ranks) if flag],
         }
         self.events = [*self.events, event][-_EVENTS_KEPT:]
-        said = described(event, type(guard.optimizer).__name__, self._trainer.world_size)
+        said = described(event, type(guard.optimizer).__name__, self._ranks)
         limit = limit_reached(guard.consecutive, self.max_consecutive, self.skipped, self.max_total)
         if limit:
             raise FloatingPointError(

@@ -63,6 +63,7 @@ class Preemption(Callback):
         self._received = 0
         self._agreed = 0
         self._installed = False
+        self._alone = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Come last, so that the checkpoint has what every other callback did after the batch."""
@@ -72,7 +73,7 @@ class Preemption(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put the handlers in place of Lightning's."""
-        self._agreed = 0
+        self._agreed, self._alone = 0, trainer.world_size == 1
         self._install()
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -93,6 +94,8 @@ class Preemption(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Save, unless an epoch's end, a validation or the rest of an accumulated step comes first."""
+        if self._alone and not self._received:
+            return
         if trainer.is_last_batch or (batch_idx + 1) % trainer.accumulate_grad_batches or _validation_is_next(trainer):
             return
         if self._agree(trainer):

@@ -1,6 +1,7 @@
 """Image files: finding them, opening any kind as RGB, and a data set that names the file that is broken."""
 
 import os
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,9 @@ def open_image(path: Path) -> NDArray[np.uint8]:
         BrokenImageError: names the file.
     """
     try:
+        # Opening a pipe would wait for its writer for ever.
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise ValueError("it is no regular file")
         with Image.open(path) as file:
             image = ImageOps.exif_transpose(file)
             if image.mode == "F":

@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -86,7 +87,7 @@ class ImageFolder(ImageData):
         )
         if image_size < 1:
             raise ConfigError(f"image_size is {image_size}; expected a number of pixels >= 1")
-        if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
+        if len(mean) != 3 or len(std) != 3 or not all(0 < value < math.inf for value in std):
             raise ConfigError(f"mean is {mean} and std {std}; expected three numbers each, std > 0")
         self.data_dir = data_dir
         self.image_size = image_size

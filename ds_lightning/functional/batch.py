@@ -40,6 +40,34 @@ def as_batch(batch: Any, modality: str = "image") -> dict[str, Tensor]:
     )
 
 
+def labelled_batch(raw: Any) -> dict[str, Tensor]:
+    """Turn what a loader yields into a batch dictionary whose labels are class indices.
+
+    Args:
+        raw: as for `as_batch`; a mixed batch has `label`, `label_mixed` (B,) and `mix`.
+
+    Raises:
+        TypeError: as `as_batch`.
+        ValueError: when there is no `label`, or it holds something else, such as soft targets (B, classes).
+
+    Example:
+        >>> import torch
+        >>> labelled_batch((torch.zeros(2, 3), torch.tensor([0, 1])))["label"]
+        tensor([0, 1])
+    """
+    batch = as_batch(raw)
+    if "label" not in batch:
+        raise ValueError(f"the batch has the keys {sorted(batch)}; expected `label` among them")
+    for name in ("label", "label_mixed"):
+        label = batch.get(name)
+        if label is not None and (label.dim() != 1 or label.is_floating_point()):
+            raise ValueError(
+                f"{name} has the shape {tuple(label.shape)} and type {label.dtype}; expected class indices (B,). "
+                "Soft targets make accuracy wrong: give mixed batches as label, label_mixed and mix"
+            )
+    return batch
+
+
 def input_of(batch: Mapping[str, Tensor]) -> Tensor:
     """Return the one input of a single-modality batch.
 

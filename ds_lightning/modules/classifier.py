@@ -1,25 +1,24 @@
 """Supervised classification."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, Self
 
 import torch
 from lightning.pytorch import LightningModule
-from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics import MetricCollection
-from torchmetrics.classification import (
-    MulticlassAccuracy,
-    MulticlassCalibrationError,
-    MulticlassConfusionMatrix,
-    MulticlassF1Score,
-)
+from torchmetrics.classification import MulticlassConfusionMatrix
 
+from ds_lightning.checkpoint_check import check_loadable, does_not_fit
 from ds_lightning.errors import ConfigError
-from ds_lightning.functional.batch import as_batch, input_of, restrict
+from ds_lightning.functional.batch import as_batch, input_of, labelled_batch, restrict
+from ds_lightning.modules.class_metrics import class_metrics, log_confusion
+from ds_lightning.modules.optimizers import make_optimizers
 from ds_lightning.networks.by_name import backbone
 
 
@@ -76,21 +75,15 @@ class Classifier(LightningModule):
         super().__init__()
         if num_classes is not None and num_classes < 2:
             raise ConfigError(f"num_classes is {num_classes}; expected at least 2")
+        for name, value in (("in_channels", in_channels), ("image_size", image_size)):
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} is {value}; expected at least 1, or nothing to take the DataModule's")
         if not 0.0 <= label_smoothing < 1.0:
             raise ConfigError(f"label_smoothing is {label_smoothing}; expected a share in [0, 1)")
         if isinstance(lr_scheduler, str) and lr_scheduler != "cosine":
             raise ConfigError(f"lr_scheduler is {lr_scheduler!r}; expected 'cosine', a scheduler or nothing")
-        self.save_hyperparameters(
-            ignore=[
-                name
-                for name, value in (
-                    ("network", network),
-                    ("optimizer", optimizer),
-                    ("lr_scheduler", lr_scheduler),
-                )
-                if not isinstance(value, str | None)
-            ]
-        )
+        given = {"network": network, "optimizer": optimizer, "lr_scheduler": lr_scheduler}
+        self.save_hyperparameters(ignore=[name for name, value in given.items() if not isinstance(value, str | None)])
         self.num_classes = num_classes
         self.in_channels = in_channels
         self.image_size = image_size
@@ -102,6 +95,29 @@ class Classifier(LightningModule):
         self.network: nn.Module | None = network if isinstance(network, nn.Module) else None
         if num_classes is not None and (self.network is not None or in_channels is not None):
             self.configure_model()
+
+    @classmethod
+    def load_from_checkpoint(  # noqa: D417
+        cls, checkpoint_path: Any, map_location: Any = None, *others: Any, **more: Any
+    ) -> Self:
+        """Load as Lightning does, with one line that names the file when it can't be.
+
+        Args:
+            checkpoint_path: file or URL; the other arguments are Lightning's.
+
+        Raises:
+            DataError: when the file is torn, holds pickled classes, is no checkpoint, or is another network's.
+        """
+        local = isinstance(checkpoint_path, str | Path) and "://" not in str(checkpoint_path)
+        if local:
+            check_loadable(checkpoint_path, trusted=more.get("weights_only") is False)
+        try:
+            return super().load_from_checkpoint(checkpoint_path, map_location, *others, **more)
+        except RuntimeError as error:
+            found = does_not_fit(checkpoint_path, error)
+            if found is None:
+                raise
+            raise found from error
 
     # ---------------------------------------------------------------- the network
 
@@ -115,26 +131,27 @@ class Classifier(LightningModule):
                 self.in_channels = self.in_channels or shape[0]
                 self.image_size = self.image_size or (shape[1] if shape else None)
             assert self._network_name is not None
-            self.network = backbone(
-                self._network_name,
-                num_classes=self.num_classes,
-                in_channels=self.in_channels,
-                image_size=self.image_size,
-                **self._network_options,
-            )
+            try:
+                self.network = backbone(
+                    self._network_name,
+                    num_classes=self.num_classes,
+                    in_channels=self.in_channels,
+                    image_size=self.image_size,
+                    **self._network_options,
+                )
+            except (TypeError, ValueError) as error:
+                if isinstance(error, ConfigError) or not self._network_options:
+                    raise
+                raise ConfigError(
+                    f"network_options {self._network_options} do not fit {self._network_name!r}: {error}"
+                ) from error
         if not hasattr(self, "val_metrics"):
             self._build_metrics(self.num_classes)
         for name in ("num_classes", "in_channels", "image_size"):
             self.hparams[name] = getattr(self, name)
 
     def _build_metrics(self, num_classes: int) -> None:
-        metrics = MetricCollection(
-            {
-                "accuracy": MulticlassAccuracy(num_classes, average="micro"),
-                "f1": MulticlassF1Score(num_classes, average="macro"),
-                "calibration_error": MulticlassCalibrationError(num_classes, n_bins=15),
-            }
-        )
+        metrics = class_metrics(num_classes)
         self.val_metrics = metrics.clone(prefix="val/")
         self.test_metrics = metrics.clone(prefix="test/")
         self.val_confusion = MulticlassConfusionMatrix(num_classes)
@@ -186,24 +203,11 @@ class Classifier(LightningModule):
         mix = batch["mix"].to(value.dtype)
         return mix * value + (1 - mix) * of_label(batch["label_mixed"])
 
-    def _read(self, raw: Any) -> dict[str, Tensor]:
-        batch = as_batch(raw)
-        if "label" not in batch:
-            raise ValueError(f"the batch has the keys {sorted(batch)}; expected `label` among them")
-        for name in ("label", "label_mixed"):
-            label = batch.get(name)
-            if label is not None and (label.dim() != 1 or label.is_floating_point()):
-                raise ValueError(
-                    f"{name} has the shape {tuple(label.shape)} and type {label.dtype}; expected class indices (B,). "
-                    "Soft targets make accuracy wrong: give mixed batches as label, label_mixed and mix"
-                )
-        return batch
-
     # ---------------------------------------------------------------- the steps
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the mean loss of a batch and log it with the accuracy."""
-        batch = self._read(batch)
+        batch = labelled_batch(batch)
         logits = restrict(self(input_of(batch)), batch)
         loss = self._mixed(lambda label: self.loss(logits, label), batch).mean()
         predicted = logits.detach().argmax(dim=1)
@@ -214,7 +218,7 @@ class Classifier(LightningModule):
         return loss
 
     def _evaluate(self, batch: Any, stage: str) -> None:
-        batch = self._read(batch)
+        batch = labelled_batch(batch)
         logits, label = restrict(self(input_of(batch)), batch), batch["label"]
         self.log(f"{stage}/loss", self.loss(logits, label).mean(), batch_size=len(label), sync_dist=True)
         metrics: MetricCollection = getattr(self, f"{stage}_metrics")
@@ -261,29 +265,12 @@ class Classifier(LightningModule):
 
     def _log_confusion(self, stage: str) -> None:
         confusion: MulticlassConfusionMatrix = getattr(self, f"{stage}_confusion")
-        if confusion.update_count == 0:
-            return
-        matrix = confusion.compute().cpu()
-        names = self._from_data("class_names", required=False) or [str(i) for i in range(len(matrix))]
-        for logger in self.loggers:
-            log_confusion_matrix = getattr(logger, "log_confusion_matrix", None)
-            if log_confusion_matrix is not None:
-                log_confusion_matrix(matrix, names, stage)
+        log_confusion(self.loggers, confusion, self._from_data("class_names", required=False), stage)
 
     # ---------------------------------------------------------------- the optimizer
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Make the optimizer and the scheduler; a subclass may override it."""
-        optimizer = self._optimizer(self.parameters())
-        if self._lr_scheduler is None:
-            return optimizer
-        if self._lr_scheduler == "cosine":
-            steps = int(self.trainer.estimated_stepping_batches)
-            cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=max(steps, 1))
-            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": cosine, "interval": "step"}}
-        assert callable(self._lr_scheduler)
-        scheduler = self._lr_scheduler(optimizer)
-        if isinstance(scheduler, ReduceLROnPlateau):
-            # Lightning's own ReduceLROnPlateau names the metric that it watches; torch's does not.
-            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": scheduler.monitor}}
-        return {"optimizer": optimizer, "lr_scheduler": scheduler}
+        return make_optimizers(
+            self.parameters(), self._optimizer, self._lr_scheduler, lambda: self.trainer.estimated_stepping_batches
+        )

@@ -2,6 +2,7 @@
 
 import argparse
 import shlex
+import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -33,14 +34,15 @@ def sweep_parser() -> argparse.ArgumentParser:
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes side by side (1)")
     parser.add_argument("--timeout", type=float, metavar="S", help="begin no trial after S seconds")
     parser.add_argument("--study", metavar="NAME", help="go on with this study")
+    parser.add_argument("--storage", metavar="URL", help="the study's: a journal's path, sqlite:/// or postgresql://")
     parser.add_argument(
         "--allow",
         action="append",
         default=[],
         metavar="PACKAGE",
-        help="a package whose classes the files may name, beside the usual ones; may be repeated",
+        help="a package whose classes the files may name too",
     )
-    parser.add_argument("--store", metavar="FOLDER_OR_URI", help="MLflow store (default: ./mlruns)")
+    parser.add_argument("--store", metavar="PLACE", help="MLflow store: folder or URI (default: ./mlruns)")
     return parser
 
 
@@ -61,9 +63,12 @@ def run_sweep_command(argv: Sequence[str]) -> int:
     allow_packages(options.allow)
     from ds_lightning.sweeps.sweep import Sweep
 
-    sweep = Sweep.from_yaml(path, store=options.store)
+    sweep = Sweep.from_yaml(path, store=options.store, storage=options.storage)
     result = sweep.run(options.trials, options.workers, options.timeout, options.study)
     print_result(result, sweep.spec, options.store)
+    if result.exit_code == 1:
+        why = f"; the first one: {result.error}" if result.error else ", all were pruned"
+        print(f"ds-lightning sweep: no trial was completed{why}", file=sys.stderr)
     return result.exit_code
 
 

@@ -149,6 +149,8 @@ def _checked_range(where: str, kind: str, fields: Mapping[str, Any]) -> dict[str
         if not number or (kind == "int" and value != int(value)):
             expected = "an integer" if kind == "int" else "a finite number"
             raise ConfigError(f"{where}: {name} must be {expected}, got {value!r}")
+        if kind == "int" and abs(value) > 2**53:
+            raise ConfigError(f"{where}: {name} must be within 2**53, where integers are drawn exactly, got {value!r}")
         checked[name] = int(value) if kind == "int" else float(value)
     low, high = checked["low"], checked["high"]
     if low > high:

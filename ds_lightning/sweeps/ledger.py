@@ -1,23 +1,29 @@
 """The book of a running sweep: which trials were given out, how each ended, and when to stop."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from textwrap import shorten
 from typing import Any, Protocol
 
 import optuna
+from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import TrialState
 
 from ds_lightning.errors import ConfigError
 from ds_lightning.sweeps import retries
-from ds_lightning.sweeps.processes import end_processes, this_process
+from ds_lightning.sweeps.checkpoints import forget, trial_folder
+from ds_lightning.sweeps.left_overs import close_left_overs, is_replaceable, retry_tags, tell
+from ds_lightning.sweeps.processes import is_gone, this_process
 from ds_lightning.sweeps.retries import RETRY_OF, is_left_over
 from ds_lightning.sweeps.runs import StudyRuns
 from ds_lightning.sweeps.spec import SweepSpec
-from ds_lightning.sweeps.trial import TrialOutcome, TrialTask
+from ds_lightning.sweeps.task import TrialOutcome, TrialTask
 
 GIVE_UP_AFTER = 3
+_DOUBLE = "another sweep gave the same killed trial out again at the same moment, and was first"
+_TAKEN = "another sweep took this one for dead and booked its trial; it gave no sign of life for too long"
 
 
 class Reporter(Protocol):
@@ -49,6 +55,8 @@ class Ledger:
         timeout: seconds from now after which none is given out; None: no limit.
         quiet: whether trials show no progress bar of their own.
         reporter: told of each value and end.
+        folder: the study's folder, for trials' checkpoints; None: none are written.
+        gone: tells by its mark whether another process that runs trials has ended.
     """
 
     def __init__(
@@ -61,14 +69,23 @@ class Ledger:
         timeout: float | None,
         quiet: bool,
         reporter: Reporter,
+        folder: Path | None = None,
+        gone: Callable[[str], bool] = is_gone,
     ) -> None:
         self.spec, self.study, self.runs = spec, study, runs
         self.stop_reason: ConfigError | None = None
         self._store, self._quiet, self._reporter = store, quiet, reporter
+        self._folder = folder if spec.checkpoint_seconds is not None else None
+        self._gone = gone
         self._left = trials
         self._deadline = None if timeout is None else time.monotonic() + timeout
         self._open: dict[int, tuple[optuna.Trial, dict[str, Any], float]] = {}
         self._ends: list[TrialOutcome] = []
+
+    @property
+    def first_error(self) -> str:
+        """What the first trial that failed said, in a line; empty when none did."""
+        return next((shorten(end.error, 300, placeholder=" ...") for end in self._ends if end.error), "")
 
     @property
     def wants_more(self) -> bool:
@@ -78,19 +95,12 @@ class Ledger:
 
     def open_trial(self) -> TrialTask | None:
         """Give out the next trial; None when there is none to give."""
-        if self.stop_reason is not None or not self.wants_more:
+        if self.stop_reason is not None:
             return None
-        if killed := retries.pending(self.study, self.spec.max_retries):
-            retries.enqueue(self.study, killed[0])
-        trial = self.study.ask()
-        trial.set_user_attr("process", this_process())
-        try:
-            params = self.spec.space.suggest(trial)
-        except ValueError as error:
-            self.study.tell(trial, state=TrialState.FAIL)
-            raise ConfigError(
-                f"study {self.study.study_name!r} was made with another search space ({error}); start a new one"
-            ) from error
+        self._take_over()
+        if not self.wants_more:
+            return None
+        trial, params = self._ask()
         if self._left is not None:
             self._left -= 1
         self._open[trial.number] = (trial, params, time.monotonic())
@@ -108,18 +118,59 @@ class Ledger:
             parent_run_id=self.runs.parent_id,
             quiet=self._quiet,
             retry_of=trial.user_attrs.get(RETRY_OF),
+            **self._checkpoints(trial.number),
         )
+
+    def _ask(self) -> tuple[optuna.Trial, dict[str, Any]]:
+        """Ask for a killed trial again, or for a new point."""
+        while True:
+            if killed := retries.pending(self.study, self.spec.max_retries, self._gone):
+                retries.enqueue(self.study, killed[0])
+            trial = self.study.ask()
+            trial.set_user_attr("process", this_process())
+            try:
+                params = self.spec.space.suggest(trial)
+            except ValueError as error:
+                self.study.tell(trial, state=TrialState.FAIL)
+                raise ConfigError(
+                    f"study {self.study.study_name!r} was made with another search space ({error}); start a new one"
+                ) from error
+            if not retries.is_double(self.study, trial.number):
+                return trial, params
+            self.runs.fail(trial.number, params, _DOUBLE, tags=retry_tags(trial.user_attrs))
+            retries.mark_dead(self.study, trial.number)
+            tell(self.study, trial, TrialState.FAIL)
+
+    def _checkpoints(self, number: int) -> dict[str, Any]:
+        if self._folder is None:
+            return {}
+        own, *before = [str(trial_folder(self._folder, each)) for each in retries.lineage(self.study, number)]
+        seconds = self.spec.checkpoint_seconds
+        return {"checkpoints": own, "checkpoint_seconds": seconds, "resume_from": tuple(before)}
+
+    def _take_over(self) -> None:
+        """Book the trials of sweeps that have died since this one began."""
+        if any(is_left_over(trial, None, self._gone) for trial in self.study.get_trials(deepcopy=False)):
+            again = close_left_overs(self.study, self.runs, self.spec, self._gone, self._folder)
+            if self._left is not None:
+                self._left += again
 
     def report(self, number: int, step: int, value: float) -> bool:
         """Book a running trial's value; returns whether to prune it."""
         trial = self._open[number][0]
-        trial.report(value, step)
+        try:
+            trial.report(value, step)
+        except UpdateFinishedTrialError:
+            # Not ours any more; `close_trial` says so.
+            return True
         self._reporter.report(number, step, value)
         return bool(trial.should_prune())
 
     def close_trial(self, number: int, outcome: TrialOutcome) -> bool:
         """Book a trial's end; returns whether it will be tried again."""
         trial, params, started = self._open[number]
+        if self.study.get_trials(deepcopy=False)[number].state.is_finished():
+            return self._lose_trial(number, outcome.run_id)
         run_id = outcome.run_id
         if run_id is None or outcome.state == "FAIL":
             # Also where the trial has closed its run: an interrupt may have come before its parameters.
@@ -130,11 +181,16 @@ class Ledger:
         if outcome.error:
             trial.set_user_attr("error", outcome.error)
         again = outcome.from_outside and retries.tries_left(trial.user_attrs, self.spec.max_retries)
-        counts = not again and not (outcome.killed and _replaceable(self.spec))
+        counts = not again and not (outcome.killed and is_replaceable(self.spec))
         if not counts:
             retries.mark_dead(self.study, number)
-        tell(self.study, trial, TrialState[outcome.state], outcome.values)
+        if not tell(self.study, trial, TrialState[outcome.state], outcome.values):
+            if not counts:
+                retries.leave_to_all(self.study, number)
+            return self._lose_trial(number, run_id)
         del self._open[number]
+        if not again and self._folder is not None and not self.spec.keep_checkpoints:
+            forget(self._folder, retries.lineage(self.study, number))
         if not counts and self._left is not None:
             self._left += 1
         self._reporter.finished(number, replace(outcome, counts=counts), params, time.monotonic() - started)
@@ -142,6 +198,14 @@ class Ledger:
             self._ends.append(outcome)
             self._consider_stopping(number, outcome)
         return again
+
+    def _lose_trial(self, number: int, run_id: str | None) -> bool:
+        """Book that another sweep has ended a trial of this one."""
+        trial, params, started = self._open.pop(number)
+        self.runs.fail(number, params, _TAKEN, run_id, retry_tags(trial.user_attrs))
+        lost = TrialOutcome("FAIL", error=_TAKEN, counts=False)
+        self._reporter.finished(number, lost, params, time.monotonic() - started)
+        return False
 
     def abandon(self, number: int, reason: str, interrupted: bool = False) -> bool:
         """Book the end of a trial that can't speak for itself any more, such as a killed worker's.
@@ -167,42 +231,3 @@ class Ledger:
                 f"the first {GIVE_UP_AFTER} trials all failed, so the sweep stopped; the first one: "
                 f"{shorten(self._ends[0].error, 300, placeholder=' ...')}"
             )
-
-
-def tell(study: optuna.Study, trial: optuna.Trial | int, state: TrialState, values: Sequence[float] = ()) -> None:
-    """Tell a study a trial's end."""
-    try:
-        study.tell(trial, list(values) if state == TrialState.COMPLETE else None, state=state, skip_if_finished=True)
-    except (RuntimeError, KeyError):
-        # The grid sampler wants to stop `optimize`, which isn't running, after the last point, or misses the point
-        # of a trial that was killed before it had one; the state is booked by then.
-        if not isinstance(study.sampler, optuna.samplers.GridSampler):
-            raise
-
-
-def _replaceable(spec: SweepSpec) -> bool:
-    """Tell whether another point can take the place of one that is always killed: a grid has no other."""
-    return bool(spec.sampler["name"] != "grid")
-
-
-def close_left_overs(study: optuna.Study, runs: StudyRuns, spec: SweepSpec) -> int:
-    """Book what a killed sweep of this host left RUNNING as failed; returns how many there were.
-
-    Its workers are ended first: one of them might still close a run as if all were well, or make one.
-    """
-    dead = retries.dead_sweeps(study) - {this_process()}
-    if dead:
-        end_processes(lambda owner: owner.rpartition(" #")[0] in dead)
-    left = [trial for trial in study.trials if is_left_over(trial, study)]
-    for trial in left:
-        tags = retry_tags(trial.user_attrs)
-        runs.fail(trial.number, trial.params, "left running by a process that was killed", tags=tags)
-        if retries.tries_left(trial.user_attrs, spec.max_retries) or _replaceable(spec):
-            retries.mark_dead(study, trial.number)
-        tell(study, trial.number, TrialState.FAIL)
-    return len(left)
-
-
-def retry_tags(user_attrs: Mapping[str, Any]) -> dict[str, str]:
-    """Return the tag that leads from a trial's run to the killed trial that it repeats."""
-    return {RETRY_OF: str(user_attrs[RETRY_OF])} if RETRY_OF in user_attrs else {}

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
@@ -29,8 +30,9 @@ class ObjectiveObserver(Callback):
     """Collect the objective's values, and end the trial that the study prunes.
 
     When it acts: after each validation (not the sanity check); for a metric that only the training epoch logs,
-    after each training epoch. It changes nothing in the module or the data, logs nothing and keeps nothing in
-    the checkpoint: a trial is never resumed. Cost: one host copy of each metric a validation.
+    after each training epoch; at the start of a fit that goes on from a checkpoint, when it reports again what was
+    reported up to there, and takes no answer: the trial went on then. It changes nothing in the module or the data
+    and logs nothing. In the checkpoint: the values so far. Cost: one host copy of each metric a validation.
 
     Args:
         objectives: what is read; the first one's `step` says how validations are counted.
@@ -47,9 +49,33 @@ class ObjectiveObserver(Callback):
         self.objectives = tuple(objectives)
         self.report = report
         self.history: list[tuple[float, ...]] = []
+        self._reported: list[tuple[int, float]] = []
         self._last_step = -1
         self._validated = False
         self._source: str | None = None
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Report what a killed trial had reported up to its checkpoint, to the trial that goes on from there."""
+        for step, value in self._reported:
+            self.report(step, value)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the values so far."""
+        return {
+            "history": [list(values) for values in self.history],
+            "reported": [list(pair) for pair in self._reported],
+            "last_step": self._last_step,
+            "validated": self._validated,
+            "source": self._source,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the values up to the checkpoint."""
+        self.history = [tuple(values) for values in state_dict["history"]]
+        self._reported = [(step, value) for step, value in state_dict["reported"]]
+        self._last_step = state_dict["last_step"]
+        self._validated = state_dict["validated"]
+        self._source = state_dict["source"]
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Read the objective where validation logs it."""
@@ -103,5 +129,6 @@ class ObjectiveObserver(Callback):
         if len(values) > 1 or step <= self._last_step:
             return
         self._last_step = step
+        self._reported.append((step, values[0]))
         if self.report(step, values[0]):
             raise Pruned(values[0])

@@ -18,7 +18,8 @@ from ds_lightning.allowlist import allowed_packages
 from ds_lightning.errors import ConfigError
 from ds_lightning.sweeps.ledger import Ledger
 from ds_lightning.sweeps.processes import OWNER, end_processes, this_process
-from ds_lightning.sweeps.trial import TrialOutcome, run_trial
+from ds_lightning.sweeps.task import TrialOutcome
+from ds_lightning.sweeps.trial import run_trial
 
 _SOURCE_ROOT = Path(__file__).resolve().parents[2]
 # -P: a file named queue.py in the working folder must not replace the library's.

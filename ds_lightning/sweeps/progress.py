@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from ds_lightning.sweeps.trial import TrialOutcome
+from ds_lightning.sweeps.task import TrialOutcome
 
 # The whole line is the run's tag `error`.
 _ERROR_LENGTH = 240

@@ -43,8 +43,12 @@ class StudyRuns:
 
     def child(self, number: int) -> str | None:
         """Return the id of a trial's run, None when it has none."""
-        found = self._search(f"tags.`optuna.trial` = '{number}' and tags.`mlflow.parentRunId` = '{self.parent_id}'")
+        found = self._children(number)
         return found[0] if found else None
+
+    def _children(self, number: int) -> list[str]:
+        mine = f"tags.`optuna.trial` = '{number}' and tags.`mlflow.parentRunId` = '{self.parent_id}'"
+        return sorted(self._search(mine))
 
     def fail(
         self,
@@ -70,7 +74,11 @@ class StudyRuns:
             run_id = run_id or self.child(number)
             if run_id is None:
                 own = {"mlflow.parentRunId": self.parent_id, "optuna.trial": str(number)}
-                run_id = self._create(f"trial-{number}", {**(tags or {}), **own})
+                self._create(f"trial-{number}", {**(tags or {}), **own})
+                # Another sweep may have done the same at this moment: both keep the same one.
+                run_id, *others = self._children(number)
+                for other in others:
+                    self._client.delete_run(other)
             # Writing the same value again is allowed.
             for key, value in flatten(params).items():
                 self._client.log_param(run_id, clean_name(key), str(value)[:MAX_PARAM_LENGTH])
@@ -117,7 +125,7 @@ class StudyRuns:
         return str(run.info.run_id)
 
     def _search(self, condition: str) -> list[str]:
-        runs = self._client.search_runs([self._experiment_id], condition, max_results=1)
+        runs = self._client.search_runs([self._experiment_id], condition, max_results=10)
         return [run.info.run_id for run in runs]
 
 

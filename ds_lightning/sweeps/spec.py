@@ -11,6 +11,7 @@ import yaml
 from ds_lightning.errors import ConfigError
 from ds_lightning.sweeps.keys import as_mapping
 from ds_lightning.sweeps.space import SearchSpace
+from ds_lightning.yaml_check import check_yaml
 
 Direction = Literal["minimize", "maximize"]
 
@@ -69,6 +70,9 @@ class SweepSpec:
         trials: how many trials to run; None: until `timeout`.
         timeout: seconds after which no new trial starts; None: no limit.
         max_retries: how often a trial whose process is killed is tried again, at least 0.
+        checkpoint_seconds: how often, at most, a running trial is saved, at a validation, for a retry to go on from;
+            at least 0, None: never.
+        keep_checkpoints: whether those stay when the trial is over.
         storage: where Optuna keeps the study (path of a journal, `sqlite:///` or `postgresql://`); None: a
             journal beside the MLflow store.
         experiment: MLflow experiment.
@@ -85,6 +89,8 @@ class SweepSpec:
     trials: int | None = None
     timeout: float | None = None
     max_retries: int = 2
+    checkpoint_seconds: float | None = 60.0
+    keep_checkpoints: bool = False
     storage: str | None = None
     experiment: str = ""
     folder: Path | None = None
@@ -98,10 +104,12 @@ class SweepSpec:
         """
         path = Path(path)
         try:
-            content = yaml.load(path.read_text(encoding="utf-8"), _StrictLoader)
-        except OSError as error:
-            raise ConfigError(f"sweep file {str(path)!r} can't be read: {error.strerror}") from error
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            check_yaml(path, "sweep file")
+            content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        except (yaml.YAMLError, ValueError) as error:
+            if isinstance(error, ConfigError):
+                raise
+            # What can be composed but not constructed, such as a date that does not exist.
             raise ConfigError(f"sweep file {str(path)!r} is no YAML: {' '.join(str(error).split())}") from error
         return cls.from_dict(content, name=path.stem, folder=path.resolve().parent)
 
@@ -137,6 +145,8 @@ class SweepSpec:
             trials=positive_int("trials", fields.get("trials")),
             timeout=positive_seconds("timeout", fields.get("timeout")),
             max_retries=_retries(fields.get("max_retries", cls.max_retries)),
+            checkpoint_seconds=_save_seconds(fields.get("checkpoint_seconds", cls.checkpoint_seconds)),
+            keep_checkpoints=_yes_or_no("keep_checkpoints", fields.get("keep_checkpoints", cls.keep_checkpoints)),
             storage=_text(fields, "storage", None),
             experiment=_text(fields, "experiment", _text(fields, "name", name)),
             folder=folder,
@@ -186,6 +196,8 @@ _KEYS = (
     "trials",
     "timeout",
     "max_retries",
+    "checkpoint_seconds",
+    "keep_checkpoints",
     "storage",
     "experiment",
 )
@@ -221,6 +233,18 @@ def _retries(value: Any) -> int:
     return value
 
 
+def _save_seconds(value: Any) -> float | None:
+    if value is None or (isinstance(value, int | float) and not isinstance(value, bool) and value >= 0):
+        return value
+    raise ConfigError(f"checkpoint_seconds must be a number of seconds >= 0, or null for never, got {value!r}")
+
+
+def _yes_or_no(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ConfigError(f"{name} must be true or false, got {value!r}")
+    return value
+
+
 def _objectives(entry: Any) -> tuple[Objective, ...]:
     entries = entry if isinstance(entry, list) else [entry]
     if not entries:
@@ -247,18 +271,11 @@ def _text(fields: Mapping[str, Any], key: str, default: Any) -> Any:
     return value
 
 
-class _StrictLoader(yaml.SafeLoader):
-    """Reads 1e-3 as a number, and refuses a key that is there twice (YAML would keep the last)."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        for key in seen:
-            if seen.count(key) > 1:
-                raise yaml.YAMLError(f"key {key!r} is there twice (line {node.start_mark.line + 1} and below)")
-        return super().construct_mapping(node, deep)
+class _Loader(yaml.SafeLoader):
+    """Reads 1e-3 as a number."""
 
 
-_StrictLoader.add_implicit_resolver(
+_Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"),
     list("-+0123456789."),

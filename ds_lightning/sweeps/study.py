@@ -1,7 +1,10 @@
 """Optuna's side of a sweep: where the study is kept, its sampler and its pruner."""
 
 import inspect
+import json
+import time
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +13,18 @@ from optuna.pruners import BasePruner
 from optuna.samplers import BaseSampler
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
+from sqlalchemy.exc import IntegrityError, OperationalError, ProgrammingError
 
 from ds_lightning.errors import ConfigError
 from ds_lightning.sweeps.keys import as_mapping, hint
 from ds_lightning.sweeps.space import SearchSpace
 from ds_lightning.sweeps.spec import Direction
+
+_LOCKED_SECONDS = 120.0
+_TRIES = 5
+_TRY_AGAIN_SECONDS = 0.5
+# Optuna's number of the operation in a journal.
+_CREATE_STUDY = 0
 
 SAMPLERS: dict[str, type[BaseSampler]] = {
     "tpe": optuna.samplers.TPESampler,
@@ -80,10 +90,30 @@ def _make(kind: str, name: str, homes: Mapping[str, Any], arguments: dict[str, A
         if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY) and parameter.name not in fixed
     ]
     as_mapping(arguments, f"{kind} {name}", known)
+    for key, value in arguments.items():
+        _check_type(f"{kind} {name}: {key}", inspect.signature(made).parameters[key].annotation, value)
     try:
+        if made is optuna.pruners.HyperbandPruner and not isinstance(arguments.get("reduction_factor", 3), str):
+            # It takes any factor and would never prune; the pruner that it is made of looks.
+            optuna.pruners.SuccessiveHalvingPruner(reduction_factor=arguments.get("reduction_factor", 3))
         return made(**arguments, **fixed)
     except (TypeError, ValueError, ImportError) as error:
         raise ConfigError(f"{kind} {name}: {' '.join(str(error).split())}") from error
+
+
+def _check_type(where: str, annotation: Any, value: Any) -> None:
+    """Refuse text for a number: most samplers and pruners would take it, and fail in the middle of the sweep."""
+    kinds: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}
+    text = annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
+    allowed = text.replace(" ", "").split("|")
+    if not set(allowed) <= {*kinds, "None"}:
+        # Dictionaries and lists; what is no plain value can't come from a file.
+        if value is not None and not isinstance(value, dict | list):
+            raise ConfigError(f"{where} can't be given in a sweep file, got {value!r}")
+        return
+    types = tuple(kind for name in allowed for kind in kinds.get(name, (type(None),)))
+    if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
+        raise ConfigError(f"{where} must be {' or '.join(allowed).replace('None', 'null')}, got {value!r}")
 
 
 def open_storage(place: str) -> BaseStorage:
@@ -101,8 +131,14 @@ def open_storage(place: str) -> BaseStorage:
     if place.startswith("sqlite:///"):
         # SQLite makes the file, never the folder.
         Path(place.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+        # Many processes, one writer at a time: each waits for its turn, from the start of what it writes on. SQLite
+        # would refuse one that had begun to read ("database is locked"), without waiting.
+        options: dict[str, Any] = {"connect_args": {"timeout": _LOCKED_SECONDS, "isolation_level": "IMMEDIATE"}}
+    else:
+        # A server that was restarted meanwhile costs one connection, not the sweep.
+        options = {"pool_pre_ping": True}
     try:
-        return RDBStorage(place)
+        return _open_database(place, options)
     except ImportError as error:
         raise ConfigError(
             f"storage {_without_password(place)!r} needs a driver: {' '.join(str(error).split())}; "
@@ -114,19 +150,64 @@ def open_storage(place: str) -> BaseStorage:
         raise ConfigError(f"storage {_without_password(place)!r} can't be opened: {reason}") from error
 
 
+def _with_driver(url: str) -> str:
+    """Name the driver that is installed: SQLAlchemy 2.1 looks for psycopg alone, 2.0 for psycopg2."""
+    for name in ("psycopg2", "psycopg"):
+        if url.startswith("postgresql://") and find_spec(name) is not None:
+            return url.replace("postgresql://", f"postgresql+{name}://", 1)
+    return url
+
+
+def _open_database(place: str, options: dict[str, Any]) -> BaseStorage:
+    place = _with_driver(place)
+    for _ in range(_TRIES):
+        try:
+            return RDBStorage(place, engine_kwargs=dict(options))
+        except (IntegrityError, OperationalError, ProgrammingError) as error:
+            # Another process makes the tables in this moment.
+            if "exist" not in str(error) and "unique" not in str(error).lower():
+                raise
+            time.sleep(_TRY_AGAIN_SECONDS)
+    return RDBStorage(place, engine_kwargs=dict(options))
+
+
 def mend_journal(path: Path) -> None:
     """Cut off a last line without its end, left by a process that was killed while it wrote.
 
     The next line would be appended to it, and neither could be read.
+
+    Raises:
+        ConfigError: when another line was damaged, or the first ones are gone; the file is left as it is.
     """
     lock = JournalFileSymlinkLock(str(path))
     lock.acquire()
     try:
         with path.open("r+b") as journal:
             content = journal.read()
-            journal.truncate(content.rfind(b"\n") + 1)
+            end = content.rfind(b"\n") + 1
+            _check_journal(path, content[:end])
+            journal.truncate(end)
     finally:
         lock.release()
+
+
+def _check_journal(path: Path, content: bytes) -> None:
+    made = False
+    for number, line in enumerate(content.splitlines(), 1):
+        try:
+            entry = json.loads(line)
+            whole = isinstance(entry, dict) and isinstance(entry.get("op_code"), int)
+        except (ValueError, RecursionError):
+            whole = False
+        if whole:
+            # The first thing that is written is the study itself.
+            made = made or entry["op_code"] == _CREATE_STUDY
+        if not whole or not made:
+            what = "is damaged" if not whole else "comes before any study was made, so that lines before it are missing"
+            raise ConfigError(
+                f"study's journal {path}: line {number} {what}; put a whole copy in its place, or start a new study "
+                "without --study"
+            )
 
 
 def _without_password(url: str) -> str:

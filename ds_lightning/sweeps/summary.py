@@ -46,6 +46,7 @@ class SweepResult:
         parent_run_id: the study's MLflow run.
         counts: Optuna's state -> number of trials, over the whole study.
         exit_code: 0; 130 after Ctrl-C, 143 after SIGTERM; 1 when no trial was completed.
+        error: what the first trial of this sweep that failed said; empty when none did.
     """
 
     study: str
@@ -53,6 +54,7 @@ class SweepResult:
     parent_run_id: str
     counts: Mapping[str, int] = field(default_factory=dict)
     exit_code: int = 0
+    error: str = ""
 
 
 def best_results(study: optuna.Study, spec: SweepSpec, folder: Path) -> list[TrialResult]:

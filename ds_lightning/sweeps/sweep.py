@@ -1,25 +1,26 @@
 """A sweep from its file to its summary."""
 
 import os
-import signal
-import threading
 import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import optuna
 
 from ds_lightning.errors import ConfigError, NoEffectWarning
 from ds_lightning.sweeps import retries
-from ds_lightning.sweeps.ledger import Ledger, close_left_overs
+from ds_lightning.sweeps.heartbeat import Heartbeat
+from ds_lightning.sweeps.ledger import Ledger
+from ds_lightning.sweeps.left_overs import close_left_overs
 from ds_lightning.sweeps.pool import WorkerPool, run_here
 from ds_lightning.sweeps.progress import SweepProgress
 from ds_lightning.sweeps.runs import StudyRuns
+from ds_lightning.sweeps.signals import Terminated, sigterm_interrupts
 from ds_lightning.sweeps.spec import SweepSpec, positive_int, positive_seconds
 from ds_lightning.sweeps.study import (
     check_study,
@@ -40,10 +41,6 @@ _MOST_CHECKED = 64
 _TARGET = "target"
 _GOING_ON = "going on"
 _ENDLESS = "a sweep without end: give `trials` or `timeout`, in the file or on the command line"
-
-
-class Terminated(KeyboardInterrupt):
-    """SIGTERM: the sweep ends as by Ctrl-C, with another exit code."""
 
 
 class Sweep:
@@ -69,17 +66,19 @@ class Sweep:
         make_sampler(spec.sampler, spec.space)
 
     @classmethod
-    def from_yaml(cls, path: str | Path, store: str | Path | None = None) -> "Sweep":
+    def from_yaml(cls, path: str | Path, store: str | Path | None = None, storage: str | None = None) -> "Sweep":
         """Read and check a sweep file.
 
         Args:
             path: the file.
             store: folder of the MLflow store or a tracking URI; None: MLFLOW_TRACKING_URI, else `./mlruns`.
+            storage: where Optuna keeps the study; None: as in the file.
 
         Raises:
             ConfigError: when the file says something that can't work; one line.
         """
-        return cls(SweepSpec.from_yaml(path), store)
+        spec = SweepSpec.from_yaml(path)
+        return cls(replace(spec, storage=storage) if storage else spec, store)
 
     def run(
         self,
@@ -124,30 +123,35 @@ class Sweep:
             endless = trials is None and spec.trials is None and timeout is None and grid is None
             if endless and _TARGET not in opened.user_attrs:
                 raise ConfigError(_ENDLESS)
-            retries.register(opened)
-            if not opened.get_trials(deepcopy=False):
-                # Before MLflow is asked for anything: a study of a sweep that is killed then knows its target.
-                _missing(opened, spec, trials, grid)
-            opened.set_user_attr(_GOING_ON, True)
-            runs = StudyRuns(store, spec.experiment, opened.study_name)
-            runs.open({"sweep.name": spec.name})
-            close_left_overs(opened, runs, spec)
-            trials = _missing(opened, spec, trials, grid)
-            if trials == 0 and not going_on:
-                warnings.warn(f"study {name!r} has all its trials; --trials N adds some", NoEffectWarning, stacklevel=2)
-            own_bar = workers == 1 and bool(base["trainer"].get("enable_progress_bar"))
-            progress = SweepProgress(trials, spec.objectives[0].metric, bar=not own_bar)
-            place = _place_of(store)
-            ledger = Ledger(spec, opened, runs, place, trials, timeout, workers > 1, progress)
             folder = root / "sweeps" / opened.study_name
-            with progress:
-                return self._run(ledger, workers if trials is None else max(1, min(workers, trials)), folder)
+            with Heartbeat(opened) as heartbeat:
+                if not opened.get_trials(deepcopy=False):
+                    # Before MLflow is asked for anything: a study of a sweep that is killed then knows its target.
+                    _missing(opened, spec, trials, grid)
+                opened.set_user_attr(_GOING_ON, True)
+                runs = StudyRuns(store, spec.experiment, opened.study_name)
+                runs.open({"sweep.name": spec.name})
+                heartbeat.settle()
+                close_left_overs(opened, runs, spec, heartbeat.gone, folder)
+                trials = _missing(opened, spec, trials, grid)
+                if trials == 0 and not going_on:
+                    text = f"study {name!r} has all its trials; --trials N adds some"
+                    warnings.warn(text, NoEffectWarning, stacklevel=2)
+                own_bar = workers == 1 and bool(base["trainer"].get("enable_progress_bar"))
+                progress = SweepProgress(trials, spec.objectives[0].metric, bar=not own_bar)
+                quiet = workers > 1
+                ledger = Ledger(
+                    spec, opened, runs, _place_of(store), trials, timeout, quiet, progress, folder, heartbeat.gone
+                )
+                with progress:
+                    count = workers if trials is None else max(1, min(workers, trials))
+                    return self._run(ledger, count, folder, heartbeat)
 
-    def _run(self, ledger: Ledger, workers: int, folder: Path) -> SweepResult:
+    def _run(self, ledger: Ledger, workers: int, folder: Path, heartbeat: Heartbeat) -> SweepResult:
         study, runs = ledger.study, ledger.runs
         exit_code = 0
         try:
-            with _sigterm_interrupts():
+            with sigterm_interrupts():
                 if workers == 1:
                     run_here(ledger)
                 else:
@@ -165,9 +169,10 @@ class Sweep:
         best = self._sum_up(ledger, folder)
         if not exit_code and not best:
             exit_code = 1
-        runs.close("KILLED" if exit_code > 1 else "FAILED" if exit_code else "FINISHED", {})
-        study.set_user_attr(_GOING_ON, exit_code > 1)
-        return SweepResult(study.study_name, best, runs.parent_id, count_states(study), exit_code)
+        if not heartbeat.others_live():
+            runs.close("KILLED" if exit_code > 1 else "FAILED" if exit_code else "FINISHED", {})
+            study.set_user_attr(_GOING_ON, exit_code > 1)
+        return SweepResult(study.study_name, best, runs.parent_id, count_states(study), exit_code, ledger.first_error)
 
     def _sum_up(self, ledger: Ledger, folder: Path) -> list[Any]:
         best = best_results(ledger.study, self.spec, folder)
@@ -273,19 +278,3 @@ def _quiet_optuna() -> Iterator[None]:
             yield
     finally:
         optuna.logging.set_verbosity(level)
-
-
-@contextmanager
-def _sigterm_interrupts() -> Iterator[None]:
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def interrupt(signum: int, frame: FrameType | None) -> None:
-        raise Terminated
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -5,7 +5,7 @@ import logging
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,9 +13,12 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from ds_lightning.callbacks import ExactResume
 from ds_lightning.errors import ConfigError, Preempted
+from ds_lightning.sweeps.checkpoints import TrialCheckpoint, find_usable
+from ds_lightning.sweeps.history import MetricHistory
 from ds_lightning.sweeps.observer import MetricNotLogged, ObjectiveObserver, Pruned
-from ds_lightning.sweeps.spec import Objective
+from ds_lightning.sweeps.task import TrialOutcome, TrialTask
 from ds_lightning.tracking import MLflowTracker
 from ds_lightning.training import build, one_line, resolve
 
@@ -27,81 +30,6 @@ _STATUS: dict[str, Literal["FINISHED", "KILLED", "FAILED"]] = {
 }
 # Lightning announces hardware, seed and limits at each fit: said once a trial, it hides what matters.
 _LOGGERS = ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero")
-
-
-@dataclass(frozen=True)
-class TrialTask:
-    """Everything that a process needs to run one trial; plain values only.
-
-    Args:
-        number: the trial's number in its study.
-        study: the study's name.
-        configs: the base's configuration files.
-        folder: where relative paths are looked for first.
-        overrides: dotted key -> value of the base.
-        params: dotted key -> value chosen for this trial.
-        objectives: as in the sweep file.
-        experiment: MLflow experiment.
-        store: folder or tracking URI.
-        parent_run_id: the study's MLflow run.
-        quiet: whether the trial's progress bar stays off even where the base asks for it.
-        retry_of: number of the killed trial that this one repeats.
-    """
-
-    number: int
-    study: str
-    configs: tuple[str, ...]
-    folder: str | None
-    overrides: Mapping[str, Any]
-    params: Mapping[str, Any]
-    objectives: tuple[Objective, ...]
-    experiment: str
-    store: str
-    parent_run_id: str
-    quiet: bool = False
-    retry_of: int | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the task as JSON takes it."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, fields: Mapping[str, Any]) -> "TrialTask":
-        """Rebuild a task from `to_dict`."""
-        objectives = tuple(Objective(**each) for each in fields["objectives"])
-        return cls(**{**fields, "objectives": objectives, "configs": tuple(fields["configs"])})
-
-
-@dataclass(frozen=True)
-class TrialOutcome:
-    """How a trial ended.
-
-    Args:
-        state: Optuna's word: COMPLETE, PRUNED or FAIL.
-        values: the objective values of a complete trial; the last value of a pruned one.
-        error: one line for a failed one.
-        details: its traceback.
-        run_id: the trial's MLflow run; None when it ended before there was one.
-        metric_missing: whether it failed because an objective's metric is never logged.
-        interrupted: whether it failed because it was told to stop.
-        killed: whether its process was killed.
-        counts: whether it is one of the trials that were asked for; one that is tried again is not.
-    """
-
-    state: str
-    values: list[float] = field(default_factory=list)
-    error: str = ""
-    details: str = ""
-    run_id: str | None = None
-    metric_missing: bool = False
-    interrupted: bool = False
-    killed: bool = False
-    counts: bool = True
-
-    @property
-    def from_outside(self) -> bool:
-        """Whether it ended for no reason of its own."""
-        return self.killed or self.interrupted
 
 
 def trial_config(
@@ -169,7 +97,8 @@ def run_trial(task: TrialTask, report: Callable[[int, float], bool]) -> TrialOut
 
 def _fit(task: TrialTask, report: Callable[[int, float], bool], trackers: list[MLflowTracker]) -> list[float]:
     """Fit and return the objective's values; a function of its own, so that the model goes when it returns."""
-    cli = build(_prepared(task))
+    found = find_usable(task.resume_from)
+    cli = build(_prepared(task, found[1] if found else None))
     trainer: Trainer = cli.trainer
     if trainer.world_size > 1:
         check_trainer({"trainer": {"devices": trainer.world_size}})
@@ -177,14 +106,24 @@ def _fit(task: TrialTask, report: Callable[[int, float], bool], trackers: list[M
     trackers.append(trainer.logger)
     observer = ObjectiveObserver(task.objectives, report)
     trainer.callbacks.append(observer)  # type: ignore[attr-defined]
+    if task.checkpoints is not None:
+        _save_now_and_then(trainer, trainer.logger, Path(task.checkpoints), task.checkpoint_seconds)
     trainer.logger.log_hyperparams(dict(task.params))
-    trainer.fit(cli.model, datamodule=cli.datamodule)
+    trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=found[0] if found else None)
     if not observer.history:
         observer.refuse(trainer)
     return observer.values()
 
 
-def _prepared(task: TrialTask) -> dict[str, Any]:
+def _save_now_and_then(trainer: Trainer, tracker: MLflowTracker, folder: Path, seconds: float) -> None:
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    if not any(isinstance(callback, ExactResume) for callback in callbacks):
+        callbacks.insert(0, ExactResume())
+    # The checkpoint comes last: it has to hold what the others have seen.
+    callbacks += [MetricHistory(tracker), TrialCheckpoint(folder, seconds)]
+
+
+def _prepared(task: TrialTask, resumed_from: int | None = None) -> dict[str, Any]:
     config = trial_config(task.configs, task.folder, task.overrides, task.params)
     check_trainer(config)
     trainer = config["trainer"]
@@ -201,7 +140,7 @@ def _prepared(task: TrialTask) -> dict[str, Any]:
             "store": task.store,
             "run_id": None,
             "parent_run_id": task.parent_run_id,
-            "tags": _tags(task),
+            "tags": _tags(task, resumed_from),
         },
     }
     # Checkpoints of trials that are thrown away fill the disk; the winner is trained again from best.yaml.
@@ -214,9 +153,13 @@ def _prepared(task: TrialTask) -> dict[str, Any]:
     return config
 
 
-def _tags(task: TrialTask) -> dict[str, str]:
+def _tags(task: TrialTask, resumed_from: int | None) -> dict[str, str]:
     tags = {"optuna.study": task.study, "optuna.trial": str(task.number), "optuna.state": "RUNNING"}
-    return tags if task.retry_of is None else {**tags, "retry_of": str(task.retry_of)}
+    if task.retry_of is not None:
+        tags["retry_of"] = str(task.retry_of)
+    if resumed_from is not None:
+        tags["resumed_from_step"] = str(resumed_from)
+    return tags
 
 
 def _has_checkpoint(callbacks: Any) -> bool:

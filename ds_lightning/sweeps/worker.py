@@ -46,7 +46,8 @@ class Worker:
 
     def run(self) -> None:
         """Work until told to stop."""
-        from ds_lightning.sweeps.trial import TrialTask, run_trial
+        from ds_lightning.sweeps.task import TrialTask
+        from ds_lightning.sweeps.trial import run_trial
 
         self._send({"ready": True})
         while "task" in (message := self._inbox.get()):

@@ -25,14 +25,57 @@ _HOPELESS = {
 }
 
 
+_FIELDS: dict[str, dict[str, type]] = {
+    "params": {"items": list},
+    "tags": {"items": list},
+    "artifact": {"path": str, "data": str},
+    "dataset": {"dataset": dict, "context": str},
+    "status": {"status": str},
+}
+
+
+def is_whole(line: Any, metrics: bool) -> bool:
+    """Tell whether a parsed line of a spool file has what a tracker writes; a foreign file may hold anything.
+
+    Args:
+        line: any JSON.
+        metrics: whether it is of the file of metrics.
+    """
+    if not isinstance(line, dict):
+        return False
+    if not metrics:
+        fields = _FIELDS.get(str(line.get("kind")))
+        if fields is None:
+            return False
+        items = line.get("items", [])
+        pairs = isinstance(items, list) and all(
+            isinstance(item, list) and len(item) == 2 and all(isinstance(part, str) for part in item) for item in items
+        )
+        return pairs and all(isinstance(line.get(name), kind) for name, kind in fields.items())
+    counts = (line.get("timestamp"), line.get("step"))
+    value = line.get("value")
+    return (
+        isinstance(line.get("key"), str)
+        and (isinstance(value, float) or _is_count(value))
+        and all(_is_count(count) for count in counts)
+        and isinstance(line.get("resumed"), str | None)
+    )
+
+
+def _is_count(value: Any) -> bool:
+    # More bits than 64 are an error of the database, which looks like one that is away.
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
+
+
 def apply(client: "MlflowClient", call: dict[str, Any]) -> None:
     """Make one call to MLflow.
 
     Args:
         client: a client of the tracking store.
-        call: `kind` and `run`, and for metrics `rows` (at most 1,000 of key, value, timestamp, step); for
-            params and tags `items` (at most 100 of key, value); for an artifact `path` and `data` (base64);
-            for a dataset `dataset` and `context`; for status `status` and `time`, when it was set (ms).
+        call: `kind` and `run`, and for metrics `rows` (at most 1,000 of key, value, timestamp, step) and, of a
+            reopened run, `resumed` (see `present.Present`); for params and tags `items` (at most 100 of key,
+            value); for an artifact `path` and `data` (base64); for a dataset `dataset` and `context`; for status
+            `status` and `time`, when it was set (ms).
     """
     from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
 
@@ -113,8 +156,12 @@ def without_known(client: "MlflowClient", call: dict[str, Any], uri: str) -> dic
     return {**call, "rows": [row for row in call["rows"] if _identity(row) not in known]}
 
 
+def as_stored(value: float) -> float | str:
+    """Return what MLflow makes of a value, such that equal ones compare equal: also NaN."""
+    # An infinite value is stored as the largest float.
+    return "nan" if math.isnan(value) else max(-sys.float_info.max, min(sys.float_info.max, float(value)))
+
+
 def _identity(row: Sequence[Any]) -> tuple[Any, ...]:
     key, value, timestamp, step = row
-    # MLflow stores an infinite value as the largest float.
-    number = "nan" if math.isnan(value) else max(-sys.float_info.max, min(sys.float_info.max, float(value)))
-    return (key, number, timestamp, step)
+    return (key, as_stored(value), timestamp, step)

@@ -54,7 +54,8 @@ class Child:
             env=_environment(),
         )
         _widen(self._process)
-        self.send(json.dumps({"uri": uri, "spool": str(spool), "pending": list(pending)}))
+        settings = {"uri": uri, "spool": str(spool), "pending": list(pending), "training": os.getpid()}
+        self.send(json.dumps(settings))
         self._listener = threading.Thread(target=self._listen, name="mlflow-answers", daemon=True)
         self._listener.start()
 

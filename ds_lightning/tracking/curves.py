@@ -2,6 +2,9 @@
 
 from collections.abc import Iterable
 
+from ds_lightning.tracking.harmless import harmless
+from ds_lightning.tracking.runs import Run
+
 _MAX_POINTS = 1000
 _MAX_CURVES = 200
 
@@ -34,10 +37,19 @@ class Curves(dict[str, Curve]):
 
     _count = _count_before = 0
 
-    def have_grown(self) -> bool:
-        """Tell whether there are points that weren't there at the last call."""
+    def log(self, run: Run) -> None:
+        """Log them to a run, as a picture, if there is something new to see."""
+        with harmless("learning curves"):
+            if (picture := self.picture()) is not None:
+                run.artifact("pictures/learning_curves.png", picture)
+
+    def picture(self) -> bytes | None:
+        """Return the learning curves as PNG; None when nothing has come since the last call, or it can't be drawn."""
+        from ds_lightning.tracking.pictures import learning_curves, png
+
         grown, self._count_before = self._count > self._count_before, self._count
-        return grown
+        figure = learning_curves(self) if grown else None
+        return None if figure is None else png(figure)
 
     def add_rows(self, rows: Iterable[tuple[str, float, int, int]]) -> None:
         """Take rows of key, value, timestamp and step."""

@@ -7,13 +7,18 @@ import random
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset, Subset
+
+from ds_lightning.tracking.harmless import harmless
+
+if TYPE_CHECKING:
+    from ds_lightning.tracking.runs import Run
 
 _BYTES_OF_AN_ARRAY = 65536
 _ITEMS_OF_A_LIST = 64
@@ -35,6 +40,12 @@ class TrainingData:
     def expect(self, trainer: Trainer) -> None:
         """Look at the data of this Trainer, as soon as possible."""
         self._trainer = weakref.ref(trainer)
+
+    def log(self, run: "Run") -> None:
+        """Log the description to a run, the first time that there is one."""
+        with harmless("dataset"):
+            if (dataset := self.take()) is not None:
+                run.dataset(dataset)
 
     def take(self) -> dict[str, Any] | None:
         """Return the description, the first time that there is one."""

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ds_lightning.errors import ConfigError
 from ds_lightning.tracking.calls import apply, is_hopeless, without_known
+from ds_lightning.tracking.present import Present
 from ds_lightning.tracking.replaying import ReplayedRun, replay_run
 from ds_lightning.tracking.store import Store, connect
 
@@ -26,6 +27,7 @@ class DirectWriter:
     def __init__(self, uri: str, spool: Path, on_answer: Callable[[dict[str, Any]], None]) -> None:
         self._uri, self._spool, self._on_answer = uri, spool, on_answer
         self._client: MlflowClient | None = None
+        self._present: Present | None = None
         self._in_doubt = False
 
     def write(self, spooled: Sequence[str], calls: Sequence[dict[str, Any]]) -> None:
@@ -35,6 +37,7 @@ class DirectWriter:
         except ConfigError as error:
             self._wait(str(error))
             return
+        self._present = self._present or Present(self._client)
         for run in spooled:
             result = ReplayedRun(run)
             away = replay_run(self._client, self._uri, self._spool, result)
@@ -46,7 +49,8 @@ class DirectWriter:
             self._on_answer({"sent": run} if result.left is None else {"left": run, "error": result.left})
         for call in calls:
             try:
-                apply(self._client, without_known(self._client, call, self._uri) if self._in_doubt else call)
+                new = self._present.without(call)
+                apply(self._client, without_known(self._client, new, self._uri) if self._in_doubt else new)
             # The same three ways as in the writer: refused, tried again later, done.
             except Exception as error:
                 reason = f"{type(error).__name__}: {error}"

@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
-from ds_lightning.tracking.outbox import Row
+from ds_lightning.tracking.batches import Row
 from ds_lightning.tracking.params import clean_name
 
 

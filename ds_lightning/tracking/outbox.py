@@ -6,16 +6,15 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ds_lightning.tracking.calls import MAX_ROWS_A_CALL
+from ds_lightning.tracking.batches import Batches
+from ds_lightning.tracking.batches import Row as Row
 from ds_lightning.tracking.child import Child
 from ds_lightning.tracking.direct import DirectWriter
 from ds_lightning.tracking.kept import Kept
 from ds_lightning.tracking.notices import Notices, first_line
 
-Row = tuple[str, float, int, int]
 Call = dict[str, Any]
 
-_ROWS_THAT_WAKE = 500
 _PERIOD_SECONDS = 1.0
 _IDLE_SECONDS = 120.0
 _AT_EXIT_SECONDS = 10.0
@@ -27,10 +26,9 @@ _MAX_ROWS_KEPT = 500_000
 class Outbox:
     """Everything that goes to one tracking store, from all threads and runs of this process.
 
-    A call is kept until the writer has written it or, in an outage, put it on disk. If the writer dies it is
-    started once more and gets what was not acknowledged; a call that had been written but not acknowledged is
-    written again, which changes nothing (a metric's row is its own primary key in MLflow's databases). If it dies
-    twice, the courier thread writes from this process.
+    A call is kept until the writer has written it or, in an outage, put it on disk. If the writer dies it is started
+    once more and gets what was not acknowledged; what was written already is written again, which changes nothing (a
+    metric's row is its own primary key in MLflow's databases). If it dies twice, the courier thread writes from here.
 
     Args:
         uri: tracking URI.
@@ -42,30 +40,21 @@ class Outbox:
         self._changed = threading.Condition()
         self._delivery = threading.Lock()
         self._wake = threading.Event()
-        self._rows: dict[str, list[Row]] = {}
-        self._row_count = 0
-        self._kept_rows = 0
+        self._rows = Batches()
         self._calls: dict[int, Call] = {}
-        self._next_id = 0
-        self._sent_until = 0
+        self._kept_rows = self._next_id = self._sent_until = 0
         self._child: Child | None = None
         self._deaths = 0
         self._courier: threading.Thread | None = None
-        self._closed = False
-        self._progress = 0.0
-        self._busy_at = 0.0
-        self._waiting_said = False
+        self._closed = self._waiting_said = False
+        self._progress = self._busy_at = 0.0
         self._notices = Notices()
         self._kept = Kept(spool, self._notices)
         self._direct = DirectWriter(uri, spool, self._on_answer)
 
-    def metrics(self, run: str, rows: list[Row]) -> None:
-        """Take rows for a run; costs microseconds."""
-        with self._changed:
-            self._rows.setdefault(run, []).extend(rows)
-            self._row_count += len(rows)
-            full = self._row_count >= _ROWS_THAT_WAKE
-        self._after_taking(full)
+    def metrics(self, run: str, rows: list[Row], resumed: str | None = None) -> None:
+        """Take rows for a run (`resumed`: names its reopening, see `present`); costs microseconds."""
+        self._after_taking(self._rows.add(run, rows, resumed))
 
     def call(self, run: str, kind: str, **content: Any) -> None:
         """Take a call of another kind; `calls.apply` says which there are."""
@@ -170,10 +159,8 @@ class Outbox:
         return call
 
     def _seal(self) -> None:  # with self._changed held
-        for run, rows in self._rows.items():
-            for start in range(0, len(rows), MAX_ROWS_A_CALL):
-                self._add({"kind": "metrics", "run": run, "rows": rows[start : start + MAX_ROWS_A_CALL]})
-        self._rows, self._row_count = {}, 0
+        for call in self._rows.take():
+            self._add(call)
 
     def _has(self, run: str | None) -> bool:  # with self._changed held
         if run is None:
@@ -183,7 +170,7 @@ class Outbox:
     def _nothing_is_out(self, run: str | None = None) -> bool:  # with self._changed held
         if self._child is not None and self._kept.has(run):
             return False
-        return not any(n < self._sent_until and run in (None, call["run"]) for n, call in self._calls.items())
+        return not any(n < self._sent_until and run in (None, c["run"]) for n, c in self._calls.items())
 
     def _writes_here_are_cheap(self) -> bool:  # with self._changed held
         """Tell whether a short run need not wait for the writer's start (a dead server would block us)."""
@@ -220,23 +207,36 @@ class Outbox:
             self._write_here()
             return
         with self._delivery:
+            if self._child is None and not self._start_child():
+                return
             with self._changed:
-                if self._child is None:
-                    try:
-                        pending = self._kept.pending()
-                        self._child = Child(self._uri, self._spool, pending, self._on_answer, self._on_death)
-                    except OSError as error:
-                        self._deaths = 2
-                        self._notices.add(f"the MLflow writer can't be started ({error}); writing from here")
-                        return
                 child = self._child
-                if not child.ready:
+                if child is None or not child.ready:
                     return
                 calls = [call for number, call in self._calls.items() if number >= self._sent_until]
                 self._sent_until = self._next_id
             for call in calls:
                 if not child.send(json.dumps(call)):
                     return
+
+    def _start_child(self) -> bool:  # with self._delivery held
+        try:
+            with self._changed:
+                pending = self._kept.pending()
+            # Without the lock: a process takes milliseconds to start, and training would wait.
+            child = Child(self._uri, self._spool, pending, self._on_answer, self._on_death)
+        except OSError as error:
+            self._deaths = 2
+            self._notices.add(f"the MLflow writer can't be started ({error}); writing from here")
+            return False
+        with self._changed:
+            self._child = child
+            if self._closed:
+                self._drop_child(kill=False)
+        if child.gone:
+            # It may have died before it was ours to miss.
+            self._on_death(child, None)
+        return True
 
     def _write_here(self) -> None:
         with self._delivery:

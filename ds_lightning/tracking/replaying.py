@@ -1,6 +1,7 @@
 """Send what lies in the spool: in order, with the original steps and times, once."""
 
 import contextlib
+import itertools
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -9,16 +10,18 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
-from ds_lightning.errors import ConfigError
+from ds_lightning.errors import ConfigError, DataError
 from ds_lightning.tracking.calls import (
     MAX_ROWS_A_CALL,
     apply,
     is_gone,
     is_hopeless,
     is_refusal,
+    is_whole,
     without_known,
 )
 from ds_lightning.tracking.notices import first_line
+from ds_lightning.tracking.present import Present
 from ds_lightning.tracking.spool import (
     calls_file,
     count_waiting,
@@ -71,7 +74,8 @@ def replay(store: str | Path | None = None, run_id: str | None = None) -> list[R
 
     A batch of at most 1,000 metrics is marked as sent, on disk, when the server has acknowledged it. Killed at
     any moment and called again it goes on behind the last mark; for the one batch whose answer may have been lost
-    the server is asked what it has, so nothing is logged twice, whatever the server's database.
+    the server is asked what it has, so nothing is logged twice, whatever the server's database. Of a run that was
+    reopened, points that the run has with another time are left out too (`present.Present`).
 
     Args:
         store: folder of the store or tracking URI; None: MLFLOW_TRACKING_URI, else `./mlruns`.
@@ -119,7 +123,7 @@ def replay_run(client: "MlflowClient", uri: str, spool: Path, result: ReplayedRu
         result.left = "another process is sending it"
     # A server can fail in any way; the files stay, and the reason is said.
     except Exception as error:
-        reason = first_line(f"{type(error).__name__}: {error}")
+        reason = first_line(str(error) if isinstance(error, DataError) else f"{type(error).__name__}: {error}")
         if not is_hopeless(error):
             away = reason
         result.left = reason
@@ -153,14 +157,15 @@ def drain(
     if not spool.exists():
         return
     with FileLock(spool / f".{run}.lock", timeout=0):
+        present = Present(client)
         # The first batch may be there already: a kill came between the server's answer and the mark.
         in_doubt = True
         while result.left is None and not remove_if_sent(spool, run):
             metrics = metrics_file(spool, run)
-            in_doubt = _drain_file(client, uri, spool, metrics, MAX_ROWS_A_CALL, result, on_batch, in_doubt)
+            in_doubt = _drain_file(client, uri, spool, metrics, MAX_ROWS_A_CALL, result, on_batch, present, in_doubt)
             # The status is the last call: it must come after the metrics.
             if result.left is None:
-                _drain_file(client, uri, spool, calls_file(spool, run), _CALLS_AT_ONCE, result, on_batch)
+                _drain_file(client, uri, spool, calls_file(spool, run), _CALLS_AT_ONCE, result, on_batch, present)
         if result.left is None and (dropped := take_dropped(spool, run, forget=True)):
             result.notices.append(f"{dropped} lines found no room in its spool files and are lost")
 
@@ -173,6 +178,7 @@ def _drain_file(
     most: int,
     result: ReplayedRun,
     on_batch: Callable[[], None],
+    present: Present,
     in_doubt: bool = False,
 ) -> bool:
     """Send one file; return whether a batch would still be in doubt."""
@@ -182,8 +188,18 @@ def _drain_file(
             result.notices.append(f"{torn} torn line in {path.name}, cut when its writer was killed, was left out")
         if not lines and not torn:
             return in_doubt
-        for call in _calls(lines, result.run_id, path == metrics_file(spool, result.run_id)):
-            _send(client, without_known(client, call, uri) if in_doubt else call, spool, result)
+        metrics = path == metrics_file(spool, result.run_id)
+        whole = [line for line in lines if is_whole(line, metrics)]
+        if len(whole) < len(lines):
+            for line in lines:
+                if not is_whole(line, metrics):
+                    keep_refused(spool, result.run_id, line)
+            foreign, kept = len(lines) - len(whole), refused_file(spool, result.run_id)
+            result.refused += foreign
+            result.notices.append(f"{foreign} lines in {path.name} are no tracker's; kept in {kept}")
+        for call in _calls(whole, result.run_id, metrics):
+            new = present.without(call)
+            _send(client, without_known(client, new, uri) if in_doubt else new, spool, result)
             if result.left is not None:
                 return in_doubt
         mark_sent(path, offset)
@@ -194,8 +210,13 @@ def _drain_file(
 def _calls(lines: list[Any], run: str, metrics: bool) -> list[dict[str, Any]]:
     if not metrics:
         return [{**line, "run": run} for line in lines]
-    rows = [(line["key"], line["value"], line["timestamp"], line["step"]) for line in lines]
-    return [{"kind": "metrics", "run": run, "rows": rows}] if rows else []
+    calls = []
+    # What a run's earlier process left is sent before what comes after it was reopened is compared with it.
+    for resumed, group in itertools.groupby(lines, key=lambda line: line.get("resumed")):
+        rows = [(line["key"], line["value"], line["timestamp"], line["step"]) for line in group]
+        mark = {} if resumed is None else {"resumed": resumed}
+        calls.append({"kind": "metrics", "run": run, "rows": rows, **mark})
+    return calls
 
 
 def _send(client: "MlflowClient", call: dict[str, Any], spool: Path, result: ReplayedRun) -> None:

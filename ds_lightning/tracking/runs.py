@@ -2,12 +2,15 @@
 
 import base64
 import time
+import uuid
 import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ds_lightning.errors import ConfigError
-from ds_lightning.tracking.outbox import Outbox, Row
+from ds_lightning.tracking.batches import Row
+from ds_lightning.tracking.orphans import wait_for_orphans
+from ds_lightning.tracking.outbox import Outbox
 from ds_lightning.tracking.outboxes import outbox
 from ds_lightning.tracking.params import BATCH, Params
 from ds_lightning.tracking.replaying import ReplayedRun, replay_run, say_replayed
@@ -44,6 +47,9 @@ class Run:
         self.client, self.run_id, self.experiment_id = client, run_id, experiment_id
         self.system_step = system_step
         self.finished = False
+        # Whether it has metrics from before it was opened.
+        self.goes_on = False
+        self._reopening: str | None = None
         self._store = store
         self._params = Params(params)
 
@@ -54,7 +60,11 @@ class Run:
 
     def metrics(self, rows: list[Row]) -> None:
         """Log rows of key, value, timestamp (ms) and step."""
-        self.outbox.metrics(self.run_id, rows)
+        self.outbox.metrics(self.run_id, rows, self._reopening)
+
+    def reopen(self) -> None:
+        """Leave out, from now on, points that the run has by now (key, step and value): they are trained again."""
+        self._reopening, self.goes_on = uuid.uuid4().hex[:8], True
 
     def params(self, params: Mapping[str, Any]) -> None:
         """Log parameters; one that the run has with another value becomes a tag `changed.<name>`."""
@@ -115,6 +125,8 @@ def open_run(
     from mlflow.tracking.context.registry import resolve_tags
 
     client = connect(store)
+    if run_id is not None:
+        wait_for_orphans(store.spool)
     _look_into_spool(store, client, run_id)
     try:
         if run_id is not None:
@@ -139,6 +151,8 @@ def _go_on(store: Store, client: "MlflowClient", run_id: str) -> Run:
     steps = [metric.step for metric in run.data._metric_objs if metric.key.startswith("system/")]
     found = Run(store, client, run_id, run.info.experiment_id, run.data.params, max(steps, default=-1) + 1)
     found.finished = run.info.status != "RUNNING"
+    found.reopen()
+    found.goes_on = bool(run.data.metrics)
     return found
 
 

@@ -15,6 +15,8 @@ from typing import Any
 
 from filelock import FileLock
 
+from ds_lightning.errors import DataError
+
 # An hour of 30 steps a second with five metrics is about 50 MB.
 MAX_BYTES = 256 << 20
 
@@ -45,7 +47,8 @@ def spool(folder: Path, calls: Iterable[dict[str, Any]], max_bytes: int = MAX_BY
     Args:
         folder: the store's spool folder; made when needed.
         calls: calls as they go to the writer. Metrics go to `<run>.jsonl`, one JSON object a metric with
-            key, value, timestamp (ms) and step; everything else to `<run>.calls.jsonl` as it is.
+            key, value, timestamp (ms) and step, and `resumed` of a reopened run; everything else to
+            `<run>.calls.jsonl` as it is.
         max_bytes: size, >= 0, up to which a file grows. What comes later is left out and counted in
             `<run>.dropped`; parameters, tags and the status are always kept.
 
@@ -59,8 +62,9 @@ def spool(folder: Path, calls: Iterable[dict[str, Any]], max_bytes: int = MAX_BY
         runs[path] = call["run"]
         mine = lines.setdefault(path, [])
         if call["kind"] == "metrics":
+            resumed = {"resumed": call["resumed"]} if "resumed" in call else {}
             for key, value, timestamp, step in call["rows"]:
-                row = {"key": key, "value": value, "timestamp": timestamp, "step": step}
+                row = {"key": key, "value": value, "timestamp": timestamp, "step": step, **resumed}
                 mine.append((json.dumps(row).encode() + b"\n", False))
         else:
             mine.append((json.dumps(call).encode() + b"\n", call["kind"] in _ALWAYS_KEPT))
@@ -134,15 +138,28 @@ def read(path: Path, most: int) -> tuple[list[Any], int, int]:
                 offset += len(line)
                 try:
                     found.append(json.loads(line))
-                except ValueError:
+                # RecursionError: thousands of brackets.
+                except (ValueError, RecursionError):
                     torn += bool(line.strip())
     return found, offset, torn
 
 
 def sent(path: Path) -> int:
-    """Return how many bytes of a spool file the server has; called under `appending`."""
+    """Return how many bytes of a spool file the server has; called under `appending`.
+
+    Raises:
+        DataError: when the mark holds no such number; guessed wrongly, metrics would be lost or logged twice.
+    """
     mark = _mark(path)
-    return int(mark.read_text()) if mark.exists() and path.exists() else 0
+    if not (mark.exists() and path.exists()):
+        return 0
+    text, size = mark.read_bytes()[:40].decode("ascii", "replace"), path.stat().st_size
+    if not (text.isdecimal() and int(text) <= size):
+        raise DataError(
+            f"{mark} holds {text!r}; expected the number of bytes of {path.name} that are sent, 0 to {size}: "
+            "correct it, or remove it to send all of that file again"
+        )
+    return int(text)
 
 
 def mark_sent(path: Path, offset: int) -> None:
@@ -163,7 +180,7 @@ def remove_if_sent(folder: Path, run: str) -> bool:
     return True
 
 
-def keep_refused(folder: Path, run: str, call: dict[str, Any]) -> None:
+def keep_refused(folder: Path, run: str, call: Any) -> None:
     """Keep a call that the server will never take, out of the way of the others."""
     with appending(folder), refused_file(folder, run).open("ab") as file:
         file.write(json.dumps(call).encode() + b"\n")
@@ -190,7 +207,7 @@ def runs_waiting(folder: Path) -> list[str]:
 
 
 def count_waiting(folder: Path, run: str) -> tuple[int, int]:
-    """Return how many metrics and other calls of a run wait to be sent."""
+    """Return how many metrics and other calls of a run wait to be sent; where a mark is damaged, how many there are."""
     if not folder.exists():
         return 0, 0
     counts = []
@@ -199,7 +216,8 @@ def count_waiting(folder: Path, run: str) -> tuple[int, int]:
             count = 0
             if path.exists():
                 with path.open("rb") as file:
-                    file.seek(sent(path))
+                    with contextlib.suppress(DataError):
+                        file.seek(sent(path))
                     count = sum(1 for line in file if line.strip())
             counts.append(count)
     return counts[0], counts[1]

@@ -90,6 +90,8 @@ def locate(place: str | Path | None = None) -> Store:
         artifacts = None if database is None else str(database.parent / "artifacts")
         return Store(text, artifacts, Path(_DEFAULT_ROOT, "checkpoints").resolve())
     root = Path(place).expanduser().resolve()
+    if root.exists() and not root.is_dir():
+        raise ConfigError(f"store {text!r} is a file; expected a folder, which holds mlflow.db, or a tracking URI")
     return Store(f"sqlite:///{root / 'mlflow.db'}", str(root / "artifacts"), root / "checkpoints")
 
 
@@ -98,7 +100,13 @@ def make_folder(store: Store) -> None:
     database = _sqlite_file(store.uri)
     if database is None:
         return
-    database.parent.mkdir(parents=True, exist_ok=True)
+    if database.is_dir():
+        # MLflow would try for a minute to open it.
+        raise ConfigError(f"the store's database {database} is a folder; move it away, or choose another store")
+    try:
+        database.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"store {database.parent} can't be made: {error.strerror}; choose another folder") from error
     ignore = database.parent / ".gitignore"
     if store.checkpoints.parent == database.parent and not ignore.exists():
         ignore.write_text("*\n!.gitignore\n")

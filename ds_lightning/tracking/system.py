@@ -3,6 +3,7 @@
 import threading
 from typing import Any
 
+from ds_lightning.tracking.harmless import harmless
 from ds_lightning.tracking.metrics import MetricRows
 from ds_lightning.tracking.runs import Run
 
@@ -15,34 +16,42 @@ class SystemMetrics:
     every `interval` seconds and a last one at the end.
 
     Args:
-        run: the run that gets them; its `system_step` goes on from one `fit` to the next.
         interval: seconds between samples.
     """
 
-    def __init__(self, run: Run, interval: float = 5.0) -> None:
-        self._run, self._interval = run, interval
+    def __init__(self, interval: float = 5.0) -> None:
+        self._interval = interval
         self._rows = MetricRows()
-        self._end = threading.Event()
         self._thread: threading.Thread | None = None
         self._monitors: list[Any] = []
 
-    def start(self) -> None:
-        """Start sampling."""
-        self._monitors = _monitors()
-        # psutil's first CPU figure is always 0.0: it has no interval to refer to.
-        self._monitors[0].collect_metrics()
-        self._monitors[0].clear_metrics()
-        self._thread = threading.Thread(target=self._watch, name="system-metrics", daemon=True)
-        self._thread.start()
+    def start(self, run: Run) -> None:
+        """Start sampling, if it is not going on.
+
+        Args:
+            run: the run that gets the samples; its `system_step` goes on from one `fit` to the next.
+        """
+        with harmless("machine metrics"):
+            if self._thread is not None:
+                return
+            # Not in the constructor: a tracker is pickled and copied, with this in it.
+            self._run, self._end = run, threading.Event()
+            self._monitors = _monitors()
+            # psutil's first CPU figure is always 0.0: it has no interval to refer to.
+            self._monitors[0].collect_metrics()
+            self._monitors[0].clear_metrics()
+            self._thread = threading.Thread(target=self._watch, name="system-metrics", daemon=True)
+            self._thread.start()
 
     def stop(self) -> None:
-        """Take the last sample and stop."""
-        if self._thread is None:
-            return
-        self._end.set()
-        self._thread.join()
-        self._thread = None
-        self._sample()
+        """Take the last sample and stop, if it is going on."""
+        with harmless("machine metrics"):
+            if self._thread is None:
+                return
+            self._end.set()
+            self._thread.join()
+            self._thread = None
+            self._sample()
 
     def _watch(self) -> None:
         while not self._end.wait(self._interval):

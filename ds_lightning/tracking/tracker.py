@@ -5,6 +5,7 @@ import sys
 import uuid
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,10 +15,12 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import MLFlowLogger
 from lightning.pytorch.loggers.logger import Logger
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning_utilities.core.rank_zero import rank_zero_only
 from torch import Tensor, nn
 
 from ds_lightning.errors import ConfigError, Preempted
+from ds_lightning.tracking.batches import Row
 from ds_lightning.tracking.checkpoints import BestCheckpoint
 from ds_lightning.tracking.curves import Curves
 from ds_lightning.tracking.dataset import TrainingData
@@ -38,16 +41,15 @@ _STATUS = {"success": "FINISHED", "finished": "FINISHED", "failed": "FAILED", "k
 class MLflowTracker(MLFlowLogger):
     """Log any LightningModule's training to MLflow, without slowing it down or being able to stop it.
 
-    When it acts: the run is created at first use (in `fit`: just before the first epoch). Metrics are written
-    every second by a process of their own, shared by all trackers of this process. `finalize`, which
-    Lightning calls at the end of `fit`, `validate` and `test` and after an exception, waits until all is
-    written and closes the run; a second `fit` opens it again. A server that stops answering costs training
-    nothing: what can't be written by the end goes into the store's folder `spool/`, with a warning.
+    When it acts: the run is created at first use (in `fit`: just before the first epoch). Metrics are written every
+    second by a process of their own, shared by all trackers of this process. `finalize`, which Lightning calls at the
+    end of `fit`, `validate` and `test` and after an exception, waits until all is written and closes the run; a second
+    `fit` opens it again. A server that stops answering costs training nothing: what can't be written by the end goes
+    into the store's folder `spool/`, with a warning.
 
-    What it logs: metrics and hyperparameters (dotted: `net.width`); git commit, versions and command line;
-    model summary and size; the dataset's name, size and digest; `system/...` every 5 s; learning curves;
-    the best checkpoint. Only rank 0 logs. Hyperparameters and artifacts appear about a second after the call.
-    MLflow's fluent API (`mlflow.log_metric`) is not pointed at the store.
+    What it logs: metrics and hyperparameters (dotted: `net.width`); git commit, versions and command line; model
+    summary and size; the dataset's name, size and digest; `system/...` every 5 s; learning curves; the best
+    checkpoint. Only rank 0 logs. Hyperparameters and artifacts appear about a second after the call.
 
     Cost: 0.14 ms a step with five metrics, 0.5 s a run; 230 MB for the writer while the run is going.
 
@@ -56,7 +58,7 @@ class MLflowTracker(MLFlowLogger):
         run_name: name of the run; MLflow makes one up when None.
         store: folder of the store, or a tracking URI. None: the server in MLFLOW_TRACKING_URI, else `./mlruns`.
         tags: tags of the run.
-        run_id: go on with this run instead of a new one.
+        run_id: go on with this run instead of a new one; points that it has (key, step, value) are not repeated.
         parent_run_id: show the run as a child of this one.
         log_checkpoint: upload the best checkpoint (the last, when there is no best) at the end.
         system_metrics: log use of CPU, memory, disk, network and GPU.
@@ -88,7 +90,7 @@ class MLflowTracker(MLFlowLogger):
         Logger.__init__(self)
         if not experiment:
             raise ConfigError("experiment is empty; expected a name")
-        if flush_timeout <= 0:
+        if not flush_timeout > 0:
             raise ConfigError(f"flush_timeout is {flush_timeout}; expected seconds > 0")
         self.tags: dict[str, str] = dict(tags or {})
         if parent_run_id is not None:
@@ -100,16 +102,12 @@ class MLflowTracker(MLFlowLogger):
         self._system_metrics = system_metrics
         self._flush_timeout = flush_timeout
         self._place = store
-        self._store: Store | None = None
         self._opened: Run | None = None
         self._experiment_id: str | None = None
         self._copy_id: str | None = None
-        self._rows = MetricRows(prefix)
-        self._curves = Curves()
-        self._provenance_logged = False
-        self._dataset = TrainingData()
-        self._monitor: SystemMetrics | None = None
-        self._best = BestCheckpoint()
+        self._rows, self._curves = MetricRows(prefix), Curves()
+        self._provenance_logged = self._resuming = False
+        self._dataset, self._monitor, self._best = TrainingData(), SystemMetrics(), BestCheckpoint()
 
     @property
     @rank_zero_experiment
@@ -122,11 +120,9 @@ class MLflowTracker(MLFlowLogger):
         """Folder for checkpoints: the Trainer puts them into `<experiment id>/<run id>/checkpoints` below it."""
         return str(self._where.checkpoints)
 
-    @property
+    @cached_property
     def _where(self) -> Store:
-        if self._store is None:
-            self._store = locate(self._place)
-        return self._store
+        return locate(self._place)
 
     @property
     def _run(self) -> Run:
@@ -146,18 +142,30 @@ class MLflowTracker(MLFlowLogger):
             step: step of all of them; 0 when None.
         """
         rows = self._rows.rows(metrics, step)
+        self.log_rows(rows)
+        if self._resuming and rows:
+            self._resuming = False
+            self._run.tags({"ds_lightning.resumed_at_step": str(rows[0][3])})
+        if self._dataset.awaited:
+            self._dataset.log(self._run)
+
+    @rank_zero_only
+    def log_rows(self, rows: list[Row]) -> None:
+        """Log points that are made already; `log_metrics` passes its own through here.
+
+        Args:
+            rows: name as MLflow takes it, value, time (ms) and step of each.
+        """
         self._run.metrics(rows)
         self._curves.add_rows(rows)
-        if self._dataset.awaited:
-            self._log_dataset()
 
     @rank_zero_only
     def log_hyperparams(self, params: dict[str, Any] | Namespace) -> None:
         """Log hyperparameters as `a.b.c`, values up to 6,000 characters.
 
         Args:
-            params: nested dictionaries, Namespaces and dataclasses are flattened. A value other than the one
-                that the run has (a resumed run) goes into the tag `changed.<name>`: MLflow forbids the change.
+            params: nested dictionaries, Namespaces and dataclasses are flattened. MLflow forbids to change a value:
+                one that is not the run's goes into the tag `changed.<name>`.
         """
         self._run.params(flatten(params))
 
@@ -182,22 +190,18 @@ class MLflowTracker(MLFlowLogger):
         """
         run = self._run
         if run.finished:
+            run.reopen()
             run.status("RUNNING")
-        if self._system_metrics and self._monitor is None:
-            with harmless("machine metrics"):
-                self._monitor = SystemMetrics(run)
-                self._monitor.start()
+        if self._system_metrics:
+            self._monitor.start(run)
+        trainer = model._trainer if isinstance(model, LightningModule) else None
+        self._resuming = run.goes_on and isinstance(trainer, Trainer) and trainer.state.fn == TrainerFn.FITTING
         if not self._provenance_logged:
             self._provenance_logged = True
             log_provenance(run, model)
-            if isinstance(model, LightningModule) and isinstance(model._trainer, Trainer):
-                self._dataset.expect(model._trainer)
-                self._log_dataset()
-
-    def _log_dataset(self) -> None:
-        with harmless("dataset"):
-            if (dataset := self._dataset.take()) is not None:
-                self._run.dataset(dataset)
+            if isinstance(trainer, Trainer):
+                self._dataset.expect(trainer)
+                self._dataset.log(run)
 
     @rank_zero_only
     def log_figure(self, figure: "Figure", name: str) -> None:
@@ -238,15 +242,11 @@ class MLflowTracker(MLFlowLogger):
             status: `success` and `finished` become FINISHED, `failed` FAILED, `killed` KILLED. What Lightning calls
                 failed because a signal stopped it is KILLED, with the tag `ds_lightning.preempted`.
         """
-        run = self._opened
-        if run is None:
+        if (run := self._opened) is None:
             return
-        if self._monitor is not None:
-            with harmless("machine metrics"):
-                self._monitor.stop()
-            self._monitor = None
-        self._log_dataset()
-        self._log_curves()
+        self._monitor.stop()
+        self._dataset.log(run)
+        self._curves.log(run)
         path, tags = self._best.find()
         if isinstance(stop := sys.exception(), Preempted):
             status, tags = "killed", {**tags, "ds_lightning.preempted": stop.signal_name}
@@ -282,19 +282,12 @@ class MLflowTracker(MLFlowLogger):
             self._run.tags(tags or {})
             self.finalize(status)
 
-    def _log_curves(self) -> None:
-        with harmless("learning curves"):
-            from ds_lightning.tracking.pictures import learning_curves
-
-            if self._curves.have_grown() and (figure := learning_curves(self._curves)) is not None:
-                self.log_figure(figure, "learning_curves")
-
     def __getstate__(self) -> dict[str, Any]:
         # A pickled copy (ddp_spawn) makes the run in another process: the shared id lets this one find it.
         if self._run_id is None and self._copy_id is None:
             self._copy_id = uuid.uuid4().hex
-        left_here = {"_opened": None, "_monitor": None, "_dataset": TrainingData(), "_best": BestCheckpoint()}
-        return {**self.__dict__, **left_here}
+        fresh = {"_dataset": TrainingData(), "_monitor": SystemMetrics(), "_best": BestCheckpoint()}
+        return {**self.__dict__, **fresh, "_opened": None}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "MLflowTracker":
         mine = self._copy_id

@@ -2,8 +2,8 @@
 
 MLflow's database store is about 0.1 to 0.2 ms of pure Python a metric. On a thread that holds the GIL, so the
 training thread waits; in a process of its own it costs training nothing. Calls come in on stdin and answers go
-out on stdout, one JSON object a line. The first line is `{"uri": ..., "spool": ..., "pending": [run, ...]}`,
-where pending are runs whose spool is to be sent before anything else.
+out on stdout, one JSON object a line. The first line is `{"uri": ..., "spool": ..., "pending": [run, ...],
+"training": pid}`, where pending are runs whose spool is to be sent before anything else.
 
 Answers: `{"ready": true}` once MLflow is imported, then for each call `{"done": id}`, or
 `{"refused": id, "error": ...}` for a call that can't ever succeed. `{"waiting": error}` says that the server
@@ -32,6 +32,8 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from filelock import Timeout
 
 from ds_lightning.tracking.calls import apply, is_hopeless, without_known
+from ds_lightning.tracking.orphans import at_work
+from ds_lightning.tracking.present import Present
 from ds_lightning.tracking.replaying import ReplayedRun, drain
 from ds_lightning.tracking.spool import runs_waiting, spool
 
@@ -68,16 +70,19 @@ class _Writer:
         from mlflow import MlflowClient
 
         client = MlflowClient(self._uri)
+        self._present = Present(client)
         keeper = threading.Thread(target=self._keep)
-        keeper.start()
-        self._answer({"ready": True})
-        try:
-            self._work(client)
-        finally:
-            with self._changed:
-                self._finished = True
-                self._changed.notify_all()
-            keeper.join()
+        # Before the first call can come: none is sent to a writer that isn't ready.
+        with at_work(self._spool, settings["training"]):
+            keeper.start()
+            self._answer({"ready": True})
+            try:
+                self._work(client)
+            finally:
+                with self._changed:
+                    self._finished = True
+                    self._changed.notify_all()
+                keeper.join()
 
     def _read(self) -> None:
         for line in self._source:
@@ -146,7 +151,8 @@ class _Writer:
     def _deliver(self, client: "MlflowClient", call: dict[str, Any], in_doubt: bool) -> None:
         answer: dict[str, Any] = {"done": call["id"]}
         try:
-            apply(client, without_known(client, call, self._uri) if in_doubt else call)
+            new = self._present.without(call)
+            apply(client, without_known(client, new, self._uri) if in_doubt else new)
         except Exception as error:
             if not is_hopeless(error):
                 raise

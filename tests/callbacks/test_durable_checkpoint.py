@@ -3,6 +3,7 @@ import json
 import os
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,23 @@ def trainer(callback: ModelCheckpoint, **kwargs: Any) -> L.Trainer:
 
 def steps(folder: Path) -> dict[str, int]:
     return {p.name: torch.load(p, weights_only=True)["global_step"] for p in sorted(folder.glob("*.ckpt"))}
+
+
+def test_the_states_name_is_modelcheckpoints() -> None:
+    def theirs(callback: DurableCheckpoint) -> str:
+        return ModelCheckpoint.state_key.fget(callback)  # type: ignore[attr-defined,no-any-return]
+
+    a, b = DurableCheckpoint(monitor="loss", every_n_train_steps=2), DurableCheckpoint(train_time_interval=timedelta(1))
+    assert a.state_key == theirs(a) != b.state_key == theirs(b)
+    a.monitor = "val"
+    assert "'val'" in a.state_key
+    assert a.state_key == theirs(a)
+
+
+def test_it_saves_by_time(tmp_path: Path) -> None:
+    every = DurableCheckpoint(tmp_path, filename="{step}", train_time_interval=timedelta(0), save_top_k=-1)
+    trainer(every).fit(Boring())
+    assert {f"step={k}.ckpt" for k in range(1, 7)} <= set(steps(tmp_path))
 
 
 def test_the_arguments_are_those_of_modelcheckpoint() -> None:

@@ -1,4 +1,6 @@
 import random
+import warnings
+from types import SimpleNamespace
 
 import exact_resume_cases as cases
 import lightning.pytorch as pl
@@ -10,8 +12,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from ds_lightning.callbacks import DynamicLayerLR, ExactResume
+from ds_lightning.callbacks._resumable_loader import _batch_seeds
 from ds_lightning.datamodules import InMemoryImageData
 from ds_lightning.errors import ConfigError
+from ds_lightning.functional.seeds import derived_seed
 
 
 def fit(root, kind="shuffle", workers=0, resume=None, seed=1, model=None, data=None, more=(), callback=None, **options):
@@ -346,6 +350,29 @@ def test_early_stopping_stops_at_the_same_step(tmp_path):
     )
     assert resumed.seen == whole.seen[3:]
     assert len(whole.seen) < 6 * cases.STEPS
+
+
+def test_it_says_nothing_of_lightnings_and_leaves_the_filters_of_warnings(tmp_path):
+    class Fails(cases.Records):
+        def training_step(self, batch, batch_idx):
+            raise RuntimeError("as meant")
+
+    fit(tmp_path)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        before = list(warnings.filters)
+        fit(tmp_path, resume=tmp_path / "step=7.ckpt")
+        with pytest.raises(RuntimeError, match="as meant"):
+            fit(tmp_path, model=Fails(), resume=tmp_path / "step=7.ckpt")
+        assert warnings.filters == before
+    assert not any("You're resuming" in str(entry.message) for entry in said)
+
+
+@pytest.mark.parametrize("first", [0, 1, 63, 64, 100])
+def test_a_batchs_seed_does_not_depend_on_where_the_epoch_is_entered(first):
+    seeds = _batch_seeds(SimpleNamespace(seed=3, rank=1), (0, 5, 2), first)
+    for number in range(first, first + 150):
+        assert next(seeds) == derived_seed(3, "data", 1, 0, 5, 2, number)
 
 
 def test_a_negative_seed_is_refused():

@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import StepLR
 from torch.utils.data import DataLoader
 
 from ds_lightning.callbacks import DynamicLayerLR, FiniteGuard
-from ds_lightning.callbacks._finite_check import non_finite
+from ds_lightning.callbacks._finite_check import FiniteCheck, non_finite
 from ds_lightning.errors import ConfigError
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*(GPU available|LeafSpec|num_workers|logging interval|litlogger).*")
@@ -231,6 +231,92 @@ def test_flags_are_exact(dtype):
     bad[32] = -math.inf
     gradients = [largest, None, bad, torch.zeros(0, dtype=dtype), torch.tensor([1.0, math.nan], dtype=torch.float64)]
     assert non_finite(gradients, torch.device("cpu")).tolist() == [0, 0, 1, 0, 1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_one_flag_is_exact_and_leaves_every_bit(dtype):
+    limits, check = torch.finfo(dtype), FiniteCheck(torch.device("cpu"))
+    values = [limits.max, -limits.max, limits.smallest_normal / 4, -0.0, limits.eps]
+    good = torch.tensor(values * 9, dtype=dtype)
+    bits = good.view(torch.uint8).clone()
+    other = torch.full((2, 3), 1e300, dtype=torch.float64).t()
+    assert check([good, None, other, good[:0], good[::2]]).item() == 0
+    assert torch.equal(good.view(torch.uint8), bits)
+    for value in (math.nan, math.inf, -math.inf):
+        for place in (0, 22, 44):
+            bad = good.clone()
+            bad[place] = value
+            assert check([good, bad, other]).item() != 0
+            assert check([good]).item() != 0, "raised until it is lowered"
+            check.lower()
+            assert check([good]).item() == 0
+    assert check([]).item() == check([None]).item() == 0
+
+
+@pytest.mark.parametrize("value", [2.0, math.nan, math.inf])
+def test_unusual_gradients_are_checked_too(value):
+    unusual = {
+        "sparse": torch.tensor([0.0, value]).to_sparse(),
+        "complex": torch.tensor([1.0, complex(0.0, value)]),
+        "expanded": torch.tensor([value]).expand(4),
+        "part": nn.Parameter(torch.tensor([1.0, value])),
+    }
+    for name, gradient in unusual.items():
+        check = FiniteCheck(torch.device("cpu"))
+        assert (check([torch.ones(3), gradient]).item() == 0) == math.isfinite(value), name
+
+
+def test_gradients_that_a_graph_holds_can_still_be_differentiated():
+    x = torch.tensor([1.0, 2.0], requires_grad=True)
+    (first,) = torch.autograd.grad((x.exp()).sum(), x, create_graph=True)
+    assert FiniteCheck(torch.device("cpu"))([first]).item() == 0
+    torch.testing.assert_close(torch.autograd.grad(first.sum(), x)[0], x.detach().exp())
+
+
+class _OnDevice(FiniteGuard):
+    """Goes the way of a device, where a read makes the host wait."""
+
+    def _guard(self, trainer):
+        super()._guard(trainer)
+        self._on_host = False
+
+
+@pytest.mark.parametrize("options", [{}, {"accumulate": 2}, {"clip": 0.1}])
+def test_a_step_on_a_device_is_read_once(options):
+    def fit(*callbacks, poison=()):
+        user = User(MAKERS["adamw"])
+        trainer = trainer_of(
+            *callbacks, accumulate_grad_batches=options.get("accumulate", 1), gradient_clip_val=options.get("clip")
+        )
+        with torch.profiler.profile() as profile:
+            trainer.fit(user, loader(batches(poison=poison)))
+        return user, sum(event.count for event in profile.key_averages() if event.key == "aten::_local_scalar_dense")
+
+    plain, reads = fit()
+    guarded, more = fit(_OnDevice())
+    assert same(guarded.state_dict(), plain.state_dict())
+    assert more - reads == 8 // options.get("accumulate", 1)
+    with pytest.warns(UserWarning, match=r"in net.0.weight.*\(epoch 0, batch (2, )?3"):
+        poisoned, _ = fit(_OnDevice(), poison=[3])
+    left_out = (2, 3) if "accumulate" in options else (3,)
+    assert same(poisoned.net.state_dict(), by_hand(MAKERS["adamw"], batches(), left_out, **options)[0].state_dict())
+    with pytest.warns(UserWarning, match=r"NaN or inf in the loss \(epoch 0, batch 3"):
+        trainer_of(_OnDevice()).fit(ConstantNaN(MAKERS["adamw"]), loader(batches()))
+
+
+class Huge(User):
+    def training_step(self, batch, batch_idx):
+        weight = self.net[2].weight
+        return super().training_step(batch, batch_idx) + 3e38 * (weight - weight.detach()).sum()
+
+
+def test_gradients_whose_norm_overflows_are_no_reason():
+    user, guard = Huge(partial(SGD, lr=1e-38)), FiniteGuard()
+    before = user.net[2].weight.detach().clone()
+    trainer_of(guard).fit(user, loader(batches()))
+    assert guard.skipped == 0
+    assert user.net[2].weight.grad.square().sum().isinf()
+    torch.testing.assert_close(before - user.net[2].weight.detach(), torch.full((1, 4), 8 * 3.0))
 
 
 class Rows(pl.loggers.logger.DummyLogger):

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from ds_lightning.functional import as_batch, input_of, restrict
+from ds_lightning.functional.batch import labelled_batch
 
 X, Y = torch.randn(3, 2), torch.tensor([0, 1, 1])
 
@@ -60,3 +61,15 @@ def test_without_allowed_the_logits_stay() -> None:
 def test_allowed_of_another_shape_or_type_is_refused(allowed: torch.Tensor) -> None:
     with pytest.raises(ValueError, match=r"expected torch\.bool of the logits' shape"):
         restrict(torch.zeros(3, 4), {"allowed": allowed})
+
+
+def test_labels_are_class_indices() -> None:
+    assert labelled_batch((X, Y))["label"] is Y
+    for batch, said in (
+        ({"image": X}, r"keys \['image'\]; expected `label`"),
+        ({"image": X, "label": torch.rand(3, 2)}, r"label has the shape \(3, 2\)"),
+        ({"image": X, "label": torch.rand(3)}, "torch.float32; expected class indices"),
+        ({"image": X, "label": Y, "label_mixed": torch.rand(3)}, "label_mixed has the shape"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            labelled_batch(batch)

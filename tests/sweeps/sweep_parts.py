@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from pathlib import Path
 
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule
@@ -62,3 +63,42 @@ class FourBatches(LightningDataModule):
         return DataLoader(TensorDataset(torch.ones(8, 1)), batch_size=self.batch_size)
 
     val_dataloader = train_dataloader
+
+
+class Walk(LightningModule):
+    """A walk that depends on every batch, its order and the noise; each step leaves a line with the process in a file.
+
+    Args:
+        x: what is searched: the rate.
+        steps: the file.
+        die_at: the global step in which the process kills itself, if none has done so.
+    """
+
+    def __init__(self, x: float = 0.0, steps: str = "", die_at: int = -1) -> None:
+        super().__init__()
+        self.x, self.steps, self.die_at = x, Path(steps), die_at
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+
+    def training_step(self, batch, index):
+        if self.global_step == self.die_at and not self.steps.with_suffix(".dead").exists():
+            self.steps.with_suffix(".dead").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        with self.steps.open("a") as file:
+            file.write(f"{os.getpid()} {self.global_step}\n")
+        loss = ((self.weight - batch[0] - torch.rand(())) ** 2).mean()
+        self.log("train/loss", loss, on_step=True, on_epoch=True)
+        return loss
+
+    def validation_step(self, batch, index):
+        self.log("val/loss", self.weight.sum())
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=abs(self.x) / 100)
+
+
+class Shuffled(LightningDataModule):
+    def train_dataloader(self):
+        return DataLoader(TensorDataset(torch.arange(6.0)[:, None]), batch_size=1, shuffle=True)
+
+    def val_dataloader(self):
+        return DataLoader(TensorDataset(torch.ones(1, 1)), batch_size=1)

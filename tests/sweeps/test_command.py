@@ -2,6 +2,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import optuna
 import pytest
 import yaml
 
@@ -54,3 +55,14 @@ def test_without_a_complete_trial_it_says_so_and_how_to_go_on(content, capsys):
     assert "2 fail" in out
     assert "no trial was completed" in out
     assert "--study s-1" in out
+
+
+def test_storage_on_the_command_line_wins_over_the_file(content, store, tmp_path):
+    content |= {"name": "placed", "storage": str(tmp_path / "file.journal")}
+    (tmp_path / "placed.yaml").write_text(yaml.safe_dump(content))
+    url = f"sqlite:///{tmp_path / 'line.db'}"
+    words = ["--trials", "1", "--store", str(store), "--storage", url, "--allow", "sweep_parts"]
+    assert run_sweep_command([str(tmp_path / "placed.yaml"), *words]) == 0
+    (name,) = optuna.get_all_study_names(url)
+    assert [trial.state.name for trial in optuna.load_study(study_name=name, storage=url).trials] == ["COMPLETE"]
+    assert not (tmp_path / "file.journal").exists()

@@ -2,11 +2,12 @@ import optuna
 import pytest
 
 from ds_lightning.sweeps import retries
-from ds_lightning.sweeps.ledger import Ledger, close_left_overs
+from ds_lightning.sweeps.ledger import Ledger
+from ds_lightning.sweeps.left_overs import close_left_overs
 from ds_lightning.sweeps.runs import StudyRuns
 from ds_lightning.sweeps.spec import SweepSpec
 from ds_lightning.sweeps.study import make_sampler
-from ds_lightning.sweeps.trial import TrialOutcome
+from ds_lightning.sweeps.task import TrialOutcome
 from ds_lightning.tracking import default_store
 
 NAMES = iter(range(100))

@@ -9,7 +9,7 @@ import pytest
 from ds_lightning.errors import ConfigError
 from ds_lightning.sweeps import pool
 from ds_lightning.sweeps.spec import Objective
-from ds_lightning.sweeps.trial import TrialOutcome, TrialTask
+from ds_lightning.sweeps.task import TrialOutcome, TrialTask
 
 STUB = """
 import json, os, signal, sys, time

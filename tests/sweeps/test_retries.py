@@ -8,6 +8,7 @@ import pytest
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
+from ds_lightning.errors import ConfigError
 from ds_lightning.sweeps import SearchSpace, retries
 from ds_lightning.sweeps.processes import OWNER, end_processes, is_gone, this_process
 from ds_lightning.sweeps.study import create_study, make_sampler, mend_journal, open_storage
@@ -117,3 +118,21 @@ def test_a_torn_line_of_a_journal_is_cut_off(tmp_path):
     go_on = optuna.load_study(study_name="s", storage=JournalStorage(JournalFileBackend(str(path))))
     go_on.tell(go_on.ask(), 2.0)
     assert optuna.load_study(study_name="s", storage=open_storage(str(path))).best_value == 2.0
+
+
+@pytest.mark.parametrize(
+    ("damage", "what"),
+    [
+        (lambda good: good.split(b"\n", 1)[1], "line 1 comes before any study"),
+        (lambda good: good.replace(b'"', b"", 1), "line 1 is damaged"),
+        (lambda good: good + b"\xff\xfe\n", r"line \d is damaged"),
+        (lambda good: b"[1, 2]\n" + good, "line 1 is damaged"),
+    ],
+)
+def test_a_damaged_journal_is_named_and_left_alone(tmp_path, damage, what):
+    path = tmp_path / "s.journal"
+    create_study(open_storage(str(path)), "s", ["minimize"], None, None).ask()
+    path.write_bytes(damaged := damage(path.read_bytes()))
+    with pytest.raises(ConfigError, match=rf"s.journal: {what}"):
+        mend_journal(path)
+    assert path.read_bytes() == damaged

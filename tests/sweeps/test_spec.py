@@ -38,8 +38,8 @@ def test_from_yaml_reads_numbers_as_the_training_configuration_does(tmp_path):
     [
         ("trials: 3\ntrials: 4\n", "key 'trials' is there twice"),
         ("a: [1, 2", "is no YAML"),
-        ("- 1", "sweep file must be a mapping"),
-        ("", "sweep file must be a mapping"),
+        ("- 1", "sweep file '.*': it holds a list; expected keys such as `base:`"),
+        ("", "it holds nothing"),
     ],
 )
 def test_a_broken_file_is_one_line(tmp_path, text, error):
@@ -77,6 +77,12 @@ def test_a_missing_file_is_one_line(tmp_path):
         ({"timeout": -1}, "timeout must be a number of seconds above 0, got -1"),
         ({"name": "a/b"}, "it names files"),
         ({"storage": 3}, "storage must be text, got 3"),
+        ({"checkpoint_seconds": -1}, "checkpoint_seconds must be a number of seconds >= 0, or null for never, got -1"),
+        ({"checkpoint_seconds": "60"}, "checkpoint_seconds must be a number of seconds >= 0, .* got '60'"),
+        ({"checkpoint_seconds": True}, "checkpoint_seconds must be .* got True"),
+        ({"checkpoint_seconds": float("nan")}, "checkpoint_seconds must be .* got nan"),
+        ({"keep_checkpoints": "yes"}, "keep_checkpoints must be true or false, got 'yes'"),
+        ({"keep_checkpoints": 1}, "keep_checkpoints must be true or false, got 1"),
     ],
 )
 def test_a_wrong_file_is_one_clear_line(content, changes, error):
@@ -97,3 +103,11 @@ def test_retries_are_counted_from_zero(content):
     assert SweepSpec.from_dict({**content, "max_retries": 0}).max_retries == 0
     with pytest.raises(ConfigError, match="max_retries must be an integer of at least 0, got -1"):
         SweepSpec.from_dict({**content, "max_retries": -1})
+
+
+@pytest.mark.parametrize("seconds", [None, 0, 2.5])
+def test_how_often_trials_are_saved(content, seconds):
+    assert SweepSpec.from_dict(content).checkpoint_seconds == 60
+    assert SweepSpec.from_dict({**content, "checkpoint_seconds": seconds}).checkpoint_seconds == seconds
+    assert SweepSpec.from_dict(content).keep_checkpoints is False
+    assert SweepSpec.from_dict({**content, "keep_checkpoints": True}).keep_checkpoints is True

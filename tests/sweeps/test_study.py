@@ -38,6 +38,9 @@ def test_a_seed_moves_on_with_the_trials_that_are_there():
     [
         ({"name": "tpee"}, "sampler: unknown name 'tpee'; did you mean 'tpe'"),
         ({"name": "tpe", "sed": 1}, "sampler tpe: unknown key 'sed'; did you mean 'seed'"),
+        ({"name": "tpe", "n_startup_trials": "x"}, "sampler tpe: n_startup_trials must be int, got 'x'"),
+        ({"name": "tpe", "n_ei_candidates": True}, "sampler tpe: n_ei_candidates must be int, got True"),
+        ({"name": "tpe", "gamma": 3}, "sampler tpe: gamma can't be given in a sweep file"),
         ({"name": "nsga2", "population_size": 1}, "sampler nsga2: .*population_size"),
         ({"name": "grid", "search_space": {}}, "sampler grid: unknown key 'search_space'"),
     ],
@@ -55,6 +58,8 @@ def test_a_wrong_sampler_is_refused_with_the_file(content, entry, error):
     [
         ({"name": "medium"}, "pruner: unknown name 'medium'; did you mean 'median'"),
         ({"name": "median", "warmup": 1}, "pruner median: unknown key 'warmup'"),
+        ({"name": "hyperband", "reduction_factor": 0}, "pruner hyperband: .*`reduction_factor` is 0"),
+        ({"name": "hyperband", "max_resource": 2.5}, "pruner hyperband: max_resource must be str or int, got 2.5"),
         ({"name": "percentile"}, "pruner percentile: .*percentile"),
         ({"name": "median", "n_startup_trials": -1}, "pruner median: .*cannot be negative"),
     ],
@@ -83,3 +88,30 @@ def test_a_wrong_storage_is_one_line_without_its_password():
         open_storage("postgresql://me:secret@db/x")
     assert "secret" not in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("installed", "given", "opened"),
+    [
+        ({"psycopg2", "psycopg"}, "postgresql://me@db/x", "postgresql+psycopg2://me@db/x"),
+        ({"psycopg"}, "postgresql://me@db/x", "postgresql+psycopg://me@db/x"),
+        (set(), "postgresql://me@db/x", "postgresql://me@db/x"),
+        ({"psycopg2", "psycopg"}, "postgresql+psycopg://me@db/x", "postgresql+psycopg://me@db/x"),
+        ({"psycopg2"}, "mysql://me@db/postgresql", "mysql://me@db/postgresql"),
+    ],
+)
+def test_postgresql_is_opened_with_the_driver_that_is_installed(monkeypatch, installed, given, opened):
+    urls = []
+    monkeypatch.setattr("ds_lightning.sweeps.study.find_spec", lambda name: name if name in installed else None)
+    monkeypatch.setattr("ds_lightning.sweeps.study.RDBStorage", lambda url, engine_kwargs: urls.append(url))
+    open_storage(given)
+    assert urls == [opened]
+
+
+def test_a_driver_that_is_missing_is_named(monkeypatch):
+    def missing(url, engine_kwargs):
+        raise ModuleNotFoundError("No module named 'psycopg2'")
+
+    monkeypatch.setattr("ds_lightning.sweeps.study.RDBStorage", missing)
+    with pytest.raises(ConfigError, match=r"needs a driver: No module named 'psycopg2'; .*install psycopg2-binary"):
+        open_storage("postgresql://me:secret@db/x")

@@ -17,8 +17,9 @@ from optuna.storages.journal import JournalFileBackend
 
 from ds_lightning.errors import ConfigError, NoEffectWarning
 from ds_lightning.sweeps import Sweep
-from ds_lightning.sweeps.ledger import is_left_over, this_process
 from ds_lightning.sweeps.pool import WorkerPool
+from ds_lightning.sweeps.processes import this_process
+from ds_lightning.sweeps.retries import is_left_over
 from ds_lightning.sweeps.spec import SweepSpec
 from ds_lightning.sweeps.sweep import warn_if_nothing_was_compared
 from ds_lightning.training import resolve

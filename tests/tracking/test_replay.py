@@ -1,3 +1,4 @@
+import json
 import os
 import random
 import signal
@@ -19,7 +20,7 @@ from ds_lightning.cli import main
 from ds_lightning.tracking import outboxes, replay
 from ds_lightning.tracking.outbox import Outbox
 from ds_lightning.tracking.runs import open_run
-from ds_lightning.tracking.spool import mark_sent, metrics_file, read, runs_waiting, spool
+from ds_lightning.tracking.spool import calls_file, mark_sent, metrics_file, read, refused_file, runs_waiting, spool
 from ds_lightning.tracking.store import connect, locate
 
 RUN = "f" * 32
@@ -201,6 +202,26 @@ def test_a_batch_that_is_there_already_is_not_sent_again(tmp_path, folder):
     (again,) = replay(server.uri)
     assert (again.metrics, again.complete) == (0, True)
     assert len(server.rows) == 1_503
+    server.die()
+
+
+ROW = {"key": "m", "value": 1.0, "timestamp": 1, "step": 1}
+FOREIGN = [[1], 3, None, {"hello": 1}, {"key": "m", "value": 1.0}]
+FOREIGN += [{**ROW, "value": "x"}, {**ROW, "key": [1]}, {**ROW, "step": 2**70}, {**ROW, "timestamp": None}]
+ODD_CALLS = [[1], {"kind": "explode"}, {"kind": "tags"}, {"kind": "tags", "items": [["a", 1]]}, {"kind": "status"}]
+
+
+def test_foreign_lines_are_kept_aside_and_the_others_are_sent(tmp_path, folder):
+    server = StubServer(str(tmp_path / "artifacts"))
+    spooled(folder, RUN, {"kind": "metrics", "rows": rows(0, 3)}, {"kind": "tags", "items": [["a", "b"]]})
+    for path, lines in ((metrics_file(folder, RUN), FOREIGN), (calls_file(folder, RUN), ODD_CALLS)):
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines) + path.read_text())
+    (done,) = replay(server.uri)
+    assert (done.metrics, done.calls, done.refused, done.left) == (3, 1, len(FOREIGN + ODD_CALLS), None)
+    assert any(notice.startswith(f"{len(FOREIGN)} lines in {RUN}.jsonl are no tracker's") for notice in done.notices)
+    kept = [json.loads(line) for line in refused_file(folder, RUN).read_text().splitlines()]
+    assert kept == FOREIGN + ODD_CALLS
+    assert len(server.rows) == 3
     server.die()
 
 

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ds_lightning.errors import DataError
 from ds_lightning.tracking.spool import (
     count_waiting,
     mark_sent,
@@ -117,3 +118,15 @@ def test_a_full_disk_leaves_the_files_as_they_were(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space"):
         spool(tmp_path, [metrics([("m", 2.0, 2, 2)])])
     assert metrics_file(tmp_path, "r").read_bytes() == before
+
+
+@pytest.mark.parametrize("mark", [b"many", b"-5", b"", b"999999", b"\xff"])
+def test_a_damaged_mark_is_named_and_nothing_is_guessed_or_removed(tmp_path, mark):
+    spool(tmp_path, [metrics([("m", 1.0, 1, 1)])])
+    path = metrics_file(tmp_path, "r")
+    path.with_name(path.name + ".sent").write_bytes(mark)
+    for use in (lambda: read(path, 5), lambda: remove_if_sent(tmp_path, "r")):
+        with pytest.raises(DataError, match=r"r\.jsonl\.sent holds .*; expected the number of bytes"):
+            use()
+    assert count_waiting(tmp_path, "r") == (1, 0)
+    assert path.exists()
