@@ -42,7 +42,17 @@ STREAMS: dict[str, dict[str, Any]] = {
     "class": {"kind": "split", "labels": "class"},
     "shifts": {"kind": "domain", "shifts": ["clear", "blur", "noise", "contrast"]},
 }
-METHODS = ("naive", "ewc", "ewc_tuned", "fisher_batch", "rehearsal", "ewc+rehearsal", "batch_fisher", "joint")
+METHODS = (
+    "naive",
+    "ewc",
+    "ewc_unmerged",
+    "ewc_tuned",
+    "fisher_batch",
+    "rehearsal",
+    "ewc+rehearsal",
+    "batch_fisher",
+    "joint",
+)
 MEMORIES = (200, 500)
 FISHER_BATCHES = (8, 32, 256)
 # Where the decade grids begin; they grow until the best strength has a worse one on both sides.
@@ -58,6 +68,7 @@ class Run:
     stream: str
     seed: int
     ewc: float | None = None
+    merge: bool = True
     batch_fisher: float | None = None
     memory: int = 0
     reset: bool = False
@@ -123,7 +134,8 @@ def callbacks_of(run: Run) -> list[pl.Callback]:
     if run.ewc is not None:
         from ds_lightning.callbacks import ElasticWeightConsolidation
 
-        found.append(ElasticWeightConsolidation(**({} if math.isnan(run.ewc) else {"strength": run.ewc})))
+        options: dict[str, Any] = {} if math.isnan(run.ewc) else {"strength": run.ewc}
+        found.append(ElasticWeightConsolidation(**options, **({} if run.merge else {"merge": None})))
     if run.batch_fisher is not None:
         found.append(BatchFisherEWC(run.batch_fisher))
     if run.reset:
@@ -195,6 +207,8 @@ class Bench:
             self.add("naive_reset", reset=True)
         if "ewc" in methods or "fisher_batch" in methods:
             self.add("ewc", ewc=default)
+        if "ewc_unmerged" in methods:
+            self.add("ewc_unmerged", ewc=default, merge=False)
         if "ewc_tuned" in methods:
             self.tune("ewc_tuned", "ewc", EWC_START)
         if "rehearsal" in methods:
