@@ -5,6 +5,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.utils._pytree import tree_map
@@ -56,7 +57,27 @@ def check_arguments(
         raise ConfigError(f"exclude is the string {exclude!r}; expected a list, [{exclude!r}]")
 
 
-def check_not_over(trainer: pl.Trainer) -> None:
+def check_fit(trainer: pl.Trainer, module: pl.LightningModule, loss_fn: Any) -> None:
+    """Check the strategy, the Trainer's epochs and the module at the start of a fit.
+
+    Raises:
+        ConfigError: says what can't work.
+    """
+    if isinstance(trainer.strategy, (DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy)):
+        raise ConfigError(
+            f"ElasticWeightConsolidation can't work with {type(trainer.strategy).__name__}, which gives each rank "
+            "parts of a parameter; expected a strategy with whole parameters, such as ddp"
+        )
+    _check_not_over(trainer)
+    if loss_fn is None and type(module).forward is pl.LightningModule.forward:
+        raise ConfigError(
+            f"{type(module).__name__} has no forward, which ElasticWeightConsolidation takes logits from; "
+            "expected forward(x) -> (B, C), or loss_fn=(module, batch) -> (B,) with fisher='empirical' and "
+            "merge=None"
+        )
+
+
+def _check_not_over(trainer: pl.Trainer) -> None:
     """Refuse a fit whose Trainer has trained all its epochs: Lightning would train nothing, without a word.
 
     Raises:

@@ -7,7 +7,6 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
@@ -16,11 +15,14 @@ from ds_lightning.errors import ConfigError, NoEffectWarning
 from ds_lightning.functional.consolidation import normalised
 
 from ._consolidated import Consolidated, Names
-from ._ewc_checks import check_arguments, check_first_batch, check_not_over, new_classes_only
+from ._ewc_checks import check_arguments, check_first_batch, check_fit, new_classes_only
 from ._importance_picture import log_importance
 from ._layers import check_patterns
 from ._task_fisher import TaskFisher, seed_of_task
 from ._tasks import current_task, ends_task, stream_of, task_batches
+
+# Where the diagonal is nearly right moving costs accuracy and gains none, however little the old importance counts.
+_QUIET = 6
 
 
 class ElasticWeightConsolidation(pl.Callback):
@@ -33,8 +35,8 @@ class ElasticWeightConsolidation(pl.Callback):
     after unscaling and accumulation, before clipping.
 
     **What it changes.** Gradients, by `min(strength * importance, 0.5 / lr) * (theta - anchor)`: the bound keeps the
-    step stable at any strength and rate. After each task but the first the parameters themselves move towards the
-    anchor, to the mean of old and new weighted by importance (`merge`). `training_step` and its loss stay as they are.
+    step stable at any strength and rate. After each task but the first the parameters themselves may move towards
+    the anchor, to the mean of old and new weighted by importance (`merge`). `training_step` stays as it is.
 
     **What it logs.** `ewc/penalty` every `log_every_n_steps`; when a task ends `ewc/curvature_ratio` (the curvature
     along the task's path over what the diagonal predicts), `ewc/merged_share` (how much of the way back to the anchor
@@ -58,7 +60,7 @@ class ElasticWeightConsolidation(pl.Callback):
         decay: of older importance in mode `online`, in [0, 1].
         fisher: `true`: labels drawn from the model; `empirical`: the labels of the data.
         merge: the curvature ratio at which old and new importance count alike when the parameters move at a task's
-            end, > 0: the old one counts `(curvature ratio / merge)^2` times. None: they don't move.
+            end, > 0: the old one counts `(ratio / merge)^2` times. Below a sixth of it, and with None, nothing moves.
         samples: of each task for the Fisher information, spread evenly, >= 1; None: all.
         chunk_size: of them at a time, >= 1; None: a batch.
         loss_fn: `(module, batch) -> (B,)`, the negative log-likelihood of each sample, for modules whose output is
@@ -140,19 +142,8 @@ class ElasticWeightConsolidation(pl.Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse what can't work."""
-        if isinstance(trainer.strategy, (DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy)):
-            raise ConfigError(
-                f"ElasticWeightConsolidation can't work with {type(trainer.strategy).__name__}, which gives each rank "
-                "parts of a parameter; expected a strategy with whole parameters, such as ddp"
-            )
-        check_not_over(trainer)
+        check_fit(trainer, pl_module, self.loss_fn)
         check_patterns(pl_module, "exclude", self.exclude)
-        if self.loss_fn is None and type(pl_module).forward is pl.LightningModule.forward:
-            raise ConfigError(
-                f"{type(pl_module).__name__} has no forward, which ElasticWeightConsolidation takes logits from; "
-                "expected forward(x) -> (B, C), or loss_fn=(module, batch) -> (B,) with fisher='empirical' and "
-                "merge=None"
-            )
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Bring the state to the parameters' device, and to heads that have grown."""
@@ -292,7 +283,9 @@ class ElasticWeightConsolidation(pl.Callback):
         if predicted <= 0:  # nothing moved that matters
             return {"ewc/curvature_ratio": math.nan, "ewc/merged_share": 0.0}
         ratio = work.curvature(path) / predicted
-        share = memory.move_between(fisher, work.parameters, (ratio / self.merge) ** 2)
+        share = 0.0
+        if ratio > self.merge / _QUIET:
+            share = memory.move_between(fisher, work.parameters, (ratio / self.merge) ** 2)
         return {"ewc/curvature_ratio": ratio, "ewc/merged_share": share}
 
     @staticmethod

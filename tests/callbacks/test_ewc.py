@@ -182,6 +182,17 @@ def test_merging_moves_to_the_weighted_mean_and_reports_it(tmp_path):
     assert all("ewc/penalty" in logged[step] for step in (3, 7, 11))
 
 
+def test_nothing_moves_where_the_diagonal_is_nearly_right():
+    ewc, model = ElasticWeightConsolidation(merge=1e6), Stranger()
+    trainer(ewc).fit(model, loader(0))
+    trainer(ewc).fit(model, loader(1))
+    unmerged, same = ElasticWeightConsolidation(merge=None), Stranger()
+    trainer(unmerged).fit(same, loader(0))
+    trainer(unmerged).fit(same, loader(1))
+    for name, value in params(same).items():
+        assert torch.equal(model.state_dict()[name], value)
+
+
 def _seed(tasks):
     from ds_lightning.functional.seeds import derived_seed
 
