@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, WeightedRandomSampler
 from torchmetrics import MeanMetric
 
-from ds_lightning.callbacks import ExactResume
+from ds_lightning.callbacks import DurableCheckpoint, ExactResume
+from ds_lightning.checkpoints import newest_checkpoint
 
 SAMPLES, BATCH = 20, 4
 STEPS = SAMPLES // BATCH
@@ -97,8 +98,8 @@ def weights(module: nn.Module) -> Tensor:
 def main(root: Path, seed: int, workers: int) -> None:
     pl.seed_everything(seed, verbose=False)
     model = Records()
-    saver = ModelCheckpoint(root, filename="{step}", every_n_train_steps=1, save_top_k=1, save_last=True)
+    saver = DurableCheckpoint(root, filename="{step}", every_n_train_steps=1)
     fit = trainer(root, ExactResume(), saver, epochs=8)
-    last = root / "last.ckpt"
-    fit.fit(model, loader("shuffle", workers), ckpt_path=last if last.exists() else None, weights_only=True)
+    # Not last.ckpt: a death may come between the file of a step and that one.
+    fit.fit(model, loader("shuffle", workers), ckpt_path=newest_checkpoint(root), weights_only=True)
     torch.save(weights(model), root / "weights.pt")
