@@ -75,7 +75,7 @@ def main() -> None:
     for name, remembers in (("plain", False), ("with ElasticWeightConsolidation", True)):
         found = [accuracies(seed, remembers, options.epochs) for seed in range(options.seeds)]
         result[name] = {
-            task: {"median": round(statistics.median(values), 4), "min": round(min(values), 4), "max": round(max(values), 4)}
+            task: {kind.__name__: round(kind(values), 4) for kind in (statistics.median, min, max)}
             for task, values in zip(("upright", "turned"), zip(*found, strict=True), strict=True)
         }
     print(json.dumps(result, indent=2))

@@ -39,6 +39,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import LambdaCallback
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -172,7 +173,8 @@ def fit(folder: Path, kills: int, steps: int, seed: int) -> dict[str, Any]:
     killer = threading.Thread(target=outages)
     trainer = Trainer(
         logger=tracker,
-        callbacks=[watch],
+        # After the last step the server stays: how long the rest takes is compared, too.
+        callbacks=[watch, LambdaCallback(on_train_end=lambda *_: stop.set())],
         max_steps=steps,
         log_every_n_steps=1,
         accelerator="cpu",
