@@ -60,7 +60,8 @@ class ElasticWeightConsolidation(pl.Callback):
         decay: of older importance in mode `online`, in [0, 1].
         fisher: `true`: labels drawn from the model; `empirical`: the labels of the data.
         merge: the curvature ratio at which old and new importance count alike when the parameters move at a task's
-            end, > 0: the old one counts `(ratio / merge)^2` times. Below a sixth of it, and with None, nothing moves.
+            end, > 0: the old one counts `(ratio / merge)^2` times. Below a sixth of it, and with None
+            or with a stream that has a memory, nothing moves.
         samples: of each task for the Fisher information, spread evenly, >= 1; None: all.
         chunk_size: of them at a time, >= 1; None: a batch.
         loss_fn: `(module, batch) -> (B,)`, the negative log-likelihood of each sample, for modules whose output is
@@ -250,7 +251,9 @@ class ElasticWeightConsolidation(pl.Callback):
         )
         raw = work.diagonal(self.fisher)
         fisher, metrics = normalised(raw), {}
-        if fisher is not None and memory.tasks and self.merge is not None:
+        # Samples of earlier tasks hold more than the mean of old and new weights does, which keeps new classes out.
+        rehearses = getattr(stream_of(trainer), "memory_size", 0) > 0
+        if fisher is not None and memory.tasks and self.merge is not None and not rehearses:
             metrics = self._merge(work, raw, fisher)
             if metrics["ewc/merged_share"] > 0:
                 fisher = normalised(work.diagonal(self.fisher))

@@ -55,6 +55,17 @@ def test_a_resume_at_a_tasks_end_does_not_end_it_twice(tmp_path, resumed_from):
         assert torch.equal(params(other)[name], p)
 
 
+def test_a_stream_with_a_memory_of_samples_moves_nothing():
+    def weights(merge, memory_size):
+        stream = Stream()
+        stream.memory_size = memory_size
+        return params(cases.stream_fit(ElasticWeightConsolidation(merge=merge), None, stream)[0])
+
+    unmoved = weights(None, 0)
+    assert all(torch.equal(p, unmoved[name]) for name, p in weights(1e-3, 5).items())
+    assert not all(torch.equal(p, unmoved[name]) for name, p in weights(1e-3, 0).items())
+
+
 def test_an_epoch_that_is_broken_off_ends_no_task():
     probe, ewc = Probe(), ElasticWeightConsolidation()
     with pytest.warns(NoEffectWarning, match="no step of this fit: there was no earlier task. 0 consolidated"):
