@@ -9,12 +9,12 @@ Both variants take turns in blocks of steps; each has its own copy of the networ
 import argparse
 import json
 import statistics
-import time
 from collections.abc import Callable
 from functools import partial
 
 import torch
 import torchvision
+from step_time import run
 from torch import nn
 
 from ds_lightning.callbacks._consolidated import Consolidated, Names
@@ -94,21 +94,6 @@ def training_step(variant: str, args: argparse.Namespace) -> Callable[[], None]:
         optimizer.step()
 
     return step
-
-
-def run(step: Callable[[], None], count: int, device: str) -> float:
-    """Seconds for so many steps: of the wall, with the device's work; on the CPU of this process alone."""
-    if device == "cpu":
-        begin = time.process_time()  # other work on the machine does not count
-        for _ in range(count):
-            step()
-        return time.process_time() - begin
-    torch.cuda.synchronize()
-    begin = time.perf_counter()
-    for _ in range(count):
-        step()
-    torch.cuda.synchronize()
-    return time.perf_counter() - begin
 
 
 if __name__ == "__main__":

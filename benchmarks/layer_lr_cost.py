@@ -10,12 +10,12 @@ Variants take turns in blocks of steps; each has its own copy of the network. Pr
 import argparse
 import json
 import statistics
-import time
 from collections.abc import Callable
 from functools import partial
 
 import torch
 import torchvision
+from step_time import run
 from torch import nn
 from torch.optim import Optimizer
 
@@ -117,21 +117,6 @@ def training_step(variant: str, args: argparse.Namespace) -> Callable[[], None]:
         optimizer.step()
 
     return step
-
-
-def run(step: Callable[[], None], count: int, device: str) -> float:
-    """Seconds for so many steps: of the wall, with the device's work; on the CPU of this process alone."""
-    if device == "cpu":
-        begin = time.process_time()  # other work on the machine does not count
-        for _ in range(count):
-            step()
-        return time.process_time() - begin
-    torch.cuda.synchronize()
-    begin = time.perf_counter()
-    for _ in range(count):
-        step()
-    torch.cuda.synchronize()
-    return time.perf_counter() - begin
 
 
 def check_sync(step: Callable[[], None], args: argparse.Namespace) -> bool:
