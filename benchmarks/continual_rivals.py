@@ -7,15 +7,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, RandomSampler
 
+from ds_lightning.callbacks._tasks import ends_task
 from ds_lightning.datamodules import TaskStream
 from ds_lightning.datamodules.image_data import as_it_is
 from ds_lightning.datamodules.task_samples import TaskSamples
 from ds_lightning.functional.batch import input_of, restrict
-
-
-def ends_task(trainer: pl.Trainer) -> bool:
-    stream, epoch = trainer.datamodule, trainer.current_epoch
-    return (epoch + 1) % stream.epochs_per_task == 0
 
 
 class FisherBatches(TaskStream):

@@ -10,11 +10,10 @@ import argparse
 import json
 import statistics
 from collections.abc import Callable
-from functools import partial
 
 import torch
 import torchvision
-from step_time import run
+from step_time import loss_on_fixed_batch, run
 from torch import nn
 
 from ds_lightning.callbacks._consolidated import Consolidated, Names
@@ -79,16 +78,11 @@ def training_step(variant: str, args: argparse.Namespace) -> Callable[[], None]:
     names, memory = Names(net, lambda name: True), Consolidated(keeps_start=True)
     if variant == "penalty":
         memory.add({name: torch.rand_like(p) for name, p in net.named_parameters()}, names.selected(), None)
-    x = torch.randn(args.batch_size, 3, args.image_size, args.image_size, device=args.device)
-    x = x.contiguous(memory_format=torch.channels_last)
-    y = torch.randint(10, (args.batch_size,), device=args.device)
-    autocast = partial(torch.autocast, args.device, torch.bfloat16, enabled=args.precision == "bf16")
+    loss_of = loss_on_fixed_batch(args)
 
     def step() -> None:
         optimizer.zero_grad()
-        with autocast():
-            loss = nn.functional.cross_entropy(net(x), y)
-        loss.backward()
+        loss_of(net).backward()
         if variant == "penalty":
             memory.pull(optimizer, names, 0.01, 1.0)
         optimizer.step()

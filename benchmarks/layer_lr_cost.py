@@ -15,7 +15,7 @@ from functools import partial
 
 import torch
 import torchvision
-from step_time import run
+from step_time import loss_on_fixed_batch, run
 from torch import nn
 from torch.optim import Optimizer
 
@@ -104,16 +104,11 @@ def training_step(variant: str, args: argparse.Namespace) -> Callable[[], None]:
         # With bounds of 1 every multiplier is exactly 1: readings, and no scaling.
         bounds = (0.4, 2.3) if variant == "callback" else (1.0, 1.0)
         ScaledSteps(optimizer, partial(find_layers, net), VarianceRule(0.5, bounds, args.every, 0.95, 0))
-    x = torch.randn(args.batch_size, 3, args.image_size, args.image_size, device=args.device)
-    x = x.contiguous(memory_format=torch.channels_last)
-    y = torch.randint(10, (args.batch_size,), device=args.device)
-    autocast = partial(torch.autocast, args.device, torch.bfloat16, enabled=args.precision == "bf16")
+    loss_of = loss_on_fixed_batch(args)
 
     def step() -> None:
         optimizer.zero_grad()
-        with autocast():
-            loss = nn.functional.cross_entropy(net(x), y)
-        loss.backward()
+        loss_of(net).backward()
         optimizer.step()
 
     return step

@@ -25,9 +25,7 @@ def plain_message(error: BaseException) -> str:
     keys = list(dict.fromkeys(_KEY.findall(text)))
     where = keys[-1] if keys and "." in keys[-1] and keys[-1].startswith(keys[0]) else ".".join(keys)
     classes = _CLASS.findall(text)
-    inner = text[[*_KEY.finditer(text), *_CLASS.finditer(text)][-1].end() :] if keys and not classes else text
-    if classes:
-        inner = text[max(match.end() for match in (*_KEY.finditer(text), *_CLASS.finditer(text))) :]
+    inner = text[max((match.end() for match in (*_KEY.finditer(text), *_CLASS.finditer(text))), default=0) :]
     inner, _, got = inner.partition("Given value type:")
     value = got.partition("Given value: ")[2].split(" Parser key ")[0].split(" - Expected a ")[0]
     if not value:

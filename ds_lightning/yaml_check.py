@@ -32,7 +32,7 @@ def check_yaml(path: str | Path, kind: str = "configuration file") -> None:
     try:
         text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
-        raise ConfigError(f"{kind} {str(path)!r} can't be read: {error.strerror}") from error
+        raise ConfigError(f"{where} can't be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise _wrong(where, f"it is not UTF-8 (byte {error.start}); save it as UTF-8 text") from error
     try:

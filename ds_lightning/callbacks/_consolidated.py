@@ -15,6 +15,8 @@ from ds_lightning.functional.consolidation import (
     weighted_mean,
 )
 
+from ._layers import plain_names
+
 Tensors = dict[str, Tensor]
 _GROUPS = ("importance", "anchor", "start")
 
@@ -184,8 +186,8 @@ class Names:
         self.module, self._select = module, select
 
     def everything(self) -> dict[str, nn.Parameter]:
-        """Return all parameters by name, each once; a compiled module's names are those of the plain one."""
-        return {name.replace("_orig_mod.", ""): p for name, p in self.module.named_parameters()}
+        """Return all parameters by name."""
+        return plain_names(self.module)
 
     def selected(self) -> dict[str, nn.Parameter]:
         """Return the trainable ones that are not left out."""

@@ -5,14 +5,15 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from ds_lightning.errors import ConfigError
 
-from ._task_fisher import classified, eval_mode, labels_in, logits_of
+from ._eval_mode import eval_mode
+from ._strategies import SHARDED
+from ._task_fisher import classified, labels_in, logits_of
 
 
 def check_arguments(
@@ -63,7 +64,7 @@ def check_fit(trainer: pl.Trainer, module: pl.LightningModule, loss_fn: Any) -> 
     Raises:
         ConfigError: says what can't work.
     """
-    if isinstance(trainer.strategy, (DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy)):
+    if isinstance(trainer.strategy, SHARDED):
         raise ConfigError(
             f"ElasticWeightConsolidation can't work with {type(trainer.strategy).__name__}, which gives each rank "
             "parts of a parameter; expected a strategy with whole parameters, such as ddp"

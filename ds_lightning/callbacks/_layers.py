@@ -44,16 +44,15 @@ def find_layers(
         The layers in the order of `module.named_parameters()`.
     """
     held = {id(parameter) for parameter in stepped}
-    # torch.compile wraps a module; the layer is still the same one.
-    parameters = {name.replace("_orig_mod.", ""): value for name, value in module.named_parameters()}
+    parameters = plain_names(module)
     weights = {
         name: weight
         for name, weight in parameters.items()
         if id(weight) in held
         and weight.ndim >= 2
         and weight.is_floating_point()
-        and (include is None or _matches(name, include))
-        and not _matches(name, exclude or ())
+        and (include is None or matches(name, include))
+        and not matches(name, exclude or ())
     }
     homes = [name.rpartition(".")[0] for name in weights]
     layers = []
@@ -61,7 +60,7 @@ def find_layers(
         home, _, leaf = name.rpartition(".")
         bias_name = f"{home}.{leaf.replace('weight', 'bias')}".lstrip(".")
         bias = parameters.get(bias_name) if bias_name not in weights else None
-        if bias is not None and (id(bias) not in held or _matches(bias_name, exclude or ())):
+        if bias is not None and (id(bias) not in held or matches(bias_name, exclude or ())):
             bias = None
         plain = leaf == "weight" and home and homes.count(home) == 1
         layers.append(Layer(home if plain else name, weight, bias))
@@ -74,7 +73,7 @@ def check_patterns(module: nn.Module, argument: str, patterns: Sequence[str] | N
     Raises:
         ConfigError: names the argument and the pattern.
     """
-    names = [name.replace("_orig_mod.", "") for name, _ in module.named_parameters()]
+    names = list(plain_names(module))
     for pattern in patterns or ():
         if not any(fnmatchcase(name, pattern) for name in names):
             shown = ", ".join(names[:3])
@@ -84,5 +83,11 @@ def check_patterns(module: nn.Module, argument: str, patterns: Sequence[str] | N
             )
 
 
-def _matches(name: str, patterns: Iterable[str]) -> bool:
+def plain_names(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Return a module's parameters by name, each once; torch.compile's wrapping changes no name."""
+    return {name.replace("_orig_mod.", ""): parameter for name, parameter in module.named_parameters()}
+
+
+def matches(name: str, patterns: Iterable[str]) -> bool:
+    """Tell whether a parameter's name matches one of the fnmatch patterns."""
     return any(fnmatchcase(name, pattern) for pattern in patterns)

@@ -18,6 +18,8 @@ from ds_lightning.functional.fisher import fisher_sums
 from ds_lightning.functional.fisher_labels import label_loss
 from ds_lightning.functional.seeds import derived_seed
 
+from ._eval_mode import eval_mode
+
 Kind = Literal["true", "empirical"]
 _STEP = 0.01  # of the path, for the central difference
 _HINT = "give loss_fn=(module, batch) -> (B,) with fisher='empirical' and merge=None"
@@ -213,18 +215,6 @@ def _size(batch: Any) -> int:
     sizes: list[int] = []
     tree_map(lambda x: sizes.append(len(x)) if isinstance(x, Tensor) and x.ndim else None, batch)
     return sizes[0] if sizes else 0
-
-
-@contextmanager
-def eval_mode(module: nn.Module) -> Iterator[None]:
-    """Put the module in eval mode, and each part back into its own."""
-    modes = [(part, part.training) for part in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for part, mode in modes:
-            part.training = mode
 
 
 @contextmanager

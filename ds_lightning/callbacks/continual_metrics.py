@@ -5,7 +5,6 @@ from typing import Any, ClassVar, Literal
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
@@ -20,7 +19,9 @@ from ds_lightning.functional.continual import (
     largest_drop,
 )
 
+from ._eval_mode import eval_mode
 from ._order import apply_order
+from ._strategies import SHARDED
 from ._tasks import ends_task, stream_of, task_batches
 
 
@@ -178,30 +179,24 @@ class ContinualMetrics(pl.Callback):
 
     def _accuracies(self, trainer: pl.Trainer, module: pl.LightningModule) -> Tensor:
         """Return the accuracy on each task, (T,) float64 on the CPU, the same on all ranks."""
-        modes = [(part, part.training) for part in module.modules()]
         # Sharded weights are gathered in a forward pass, which therefore is the same on all ranks.
-        together = isinstance(trainer.strategy, (DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy))
+        together = isinstance(trainer.strategy, SHARDED)
         score_fn = self.score_fn or _is_right
         # Scores and samples; 32 bits hold whole numbers up to 16 million.
         counts = torch.zeros(len(self._names), 2, device=module.device, dtype=torch.float32)
-        module.eval()
-        try:
-            with isolate_rng(), torch.no_grad(), trainer.precision_plugin.forward_context():
-                for task in range(len(self._names)):
-                    for number, batch in enumerate(task_batches(trainer, module, task, self.split)):
-                        mine = number % trainer.world_size == trainer.global_rank
-                        if not mine and not together:
-                            continue
-                        scores = score_fn(module, batch)
-                        if not isinstance(scores, Tensor) or scores.dim() != 1:
-                            got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
-                            raise ConfigError(f"score_fn gave {got}; expected a tensor (B,), one score a sample")
-                        if mine:
-                            counts[task, 0] += scores.float().sum()
-                            counts[task, 1] += len(scores)
-        finally:
-            for part, training in modes:
-                part.training = training
+        with isolate_rng(), eval_mode(module), torch.no_grad(), trainer.precision_plugin.forward_context():
+            for task in range(len(self._names)):
+                for number, batch in enumerate(task_batches(trainer, module, task, self.split)):
+                    mine = number % trainer.world_size == trainer.global_rank
+                    if not mine and not together:
+                        continue
+                    scores = score_fn(module, batch)
+                    if not isinstance(scores, Tensor) or scores.dim() != 1:
+                        got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+                        raise ConfigError(f"score_fn gave {got}; expected a tensor (B,), one score a sample")
+                    if mine:
+                        counts[task, 0] += scores.float().sum()
+                        counts[task, 1] += len(scores)
         reduced: Tensor = trainer.strategy.reduce(counts, reduce_op="sum")
         right, seen = reduced.double().cpu().unbind(dim=1)
         if (seen == 0).any():

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Mapping
-from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -17,7 +16,8 @@ from ds_lightning.functional.consolidation import normalised
 from ._consolidated import Consolidated, Names
 from ._ewc_checks import check_arguments, check_first_batch, check_fit, new_classes_only
 from ._importance_picture import log_importance
-from ._layers import check_patterns
+from ._layers import check_patterns, matches
+from ._log_step import log_step
 from ._task_fisher import TaskFisher, seed_of_task
 from ._tasks import current_task, ends_task, stream_of, task_batches
 
@@ -187,11 +187,8 @@ class ElasticWeightConsolidation(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Log the penalty."""
-        # The count that Lightning's own metrics of this batch are logged with.
-        step = trainer.fit_loop.epoch_loop._batches_that_stepped
-        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
-        due = every > 0 and (step + 1) % every == 0 and self._logged_at != step
-        if due and self._pulled and trainer.is_global_zero and trainer.loggers:
+        step, due = log_step(trainer)
+        if due and self._logged_at != step and self._pulled and trainer.is_global_zero and trainer.loggers:
             self._logged_at = step
             self._log(trainer, {"ewc/penalty": self.penalty(pl_module)}, step)
 
@@ -232,7 +229,7 @@ class ElasticWeightConsolidation(pl.Callback):
         self._ended_at = state_dict["ended_at"]
 
     def _selects(self, name: str) -> bool:
-        return not any(fnmatchcase(name, pattern) for pattern in self.exclude or ())
+        return not matches(name, self.exclude or ())
 
     def _end_task(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         names, memory, task = Names(module, self._selects), self._memory, current_task(trainer)

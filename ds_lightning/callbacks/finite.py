@@ -15,6 +15,7 @@ from ds_lightning.errors import ConfigError
 from ._finite_check import FiniteCheck
 from ._finite_words import described, limit_reached, listed
 from ._guarded_step import GuardedStep
+from ._log_step import log_step
 
 _EVENTS_KEPT = 20
 
@@ -133,10 +134,7 @@ class FiniteGuard(pl.Callback):
             if guard.waits and scaler is not None and (self._losses or len(self._guards) > 1):
                 guard.waits = False
                 self._left_out_by_scaler(guard, scaler.get_scale())
-        # The count that Lightning's own metrics of this batch are logged with.
-        step = trainer.fit_loop.epoch_loop._batches_that_stepped
-        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
-        due = every > 0 and (step + 1) % every == 0
+        step, due = log_step(trainer)
         if (due or self._skipped_here) and self._logged_at != step and trainer.is_global_zero:
             self._logged_at = step
             metrics = {"finite/skipped": float(self.skipped)}

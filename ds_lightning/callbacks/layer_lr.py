@@ -6,14 +6,15 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from ds_lightning.errors import ConfigError, NoEffectWarning
 
 from ._layers import check_patterns, find_layers
 from ._linear_optimizers import check_linear, default_alpha
+from ._log_step import log_step
 from ._scaled_steps import ScaledSteps, VarianceRule
+from ._strategies import SHARDED
 
 _UNCHANGED = 0.01
 
@@ -110,7 +111,7 @@ class DynamicLayerLR(pl.Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check that the optimizers can be scaled, and put the hooks on them."""
-        if isinstance(trainer.strategy, (DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy)):
+        if isinstance(trainer.strategy, SHARDED):
             raise ConfigError(
                 f"DynamicLayerLR can't work with {type(trainer.strategy).__name__}, which gives each rank parts of a "
                 "layer; expected a strategy with whole layers, such as ddp"
@@ -133,10 +134,7 @@ class DynamicLayerLR(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Log the multipliers, which are on the host already."""
-        # The count that Lightning's own metrics of this batch are logged with.
-        step = trainer.fit_loop.epoch_loop._batches_that_stepped
-        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
-        due = every > 0 and (step + 1) % every == 0
+        step, due = log_step(trainer)
         if not due or self._logged_at == step or not trainer.is_global_zero:
             return
         self._logged_at = step

@@ -196,10 +196,15 @@ class ImageData(L.LightningDataModule, ABC):
             image: (B, C, H, W), values in [0, 255].
         """
         if image.device not in self._scale_and_shift:
-            mean, std = (torch.tensor(value, device=image.device).view(-1, 1, 1) for value in (self.mean, self.std))
-            self._scale_and_shift[image.device] = (1 / (255 * std), -mean / std)
+            scale, shift = self.scale_and_shift()
+            self._scale_and_shift[image.device] = (scale.to(image.device), shift.to(image.device))
         scale, shift = self._scale_and_shift[image.device]
         return image.to(torch.float32, copy=True).mul_(scale).add_(shift)
+
+    def scale_and_shift(self) -> tuple[Tensor, Tensor]:
+        """Return what normalises images of 0 to 255: a factor and a summand, (C, 1, 1) float32."""
+        mean, std = (torch.tensor(value).view(-1, 1, 1) for value in (self.mean, self.std))
+        return 1 / (255 * std), -mean / std
 
     def state_dict(self) -> dict[str, Any]:
         """Return the counters of the random streams; the order of an epoch follows the trainer's epoch."""

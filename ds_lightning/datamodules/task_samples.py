@@ -155,14 +155,8 @@ class TaskTable:
             salt=SPLITS.index(split),
             shift=task.shift,
             allowed=task.allowed,
-            normalize=scale_and_shift(module) if ready else None,
+            normalize=module.scale_and_shift() if ready else None,
         )
-
-
-def scale_and_shift(module: ImageData) -> tuple[Tensor, Tensor]:
-    """Return what normalises images of 0 to 255: a factor and a summand, (C, 1, 1) float32."""
-    mean, std = (torch.tensor(value).view(-1, 1, 1) for value in (module.mean, module.std))
-    return 1 / (255 * std), -mean / std
 
 
 def labels_of(data: ImageDataset) -> Tensor:

@@ -15,7 +15,7 @@ from ds_lightning.functional.seeds import derived_seed
 from .image_data import Batch, ImageData, as_it_is
 from .rehearsal import RehearsalSampler, reservoir
 from .task_kinds import check_kind, check_list, make_tasks, sources
-from .task_samples import TaskSamples, TaskTable, scale_and_shift
+from .task_samples import TaskSamples, TaskTable
 from .task_shifts import DOMAINS
 
 
@@ -278,7 +278,7 @@ class TaskStream(L.LightningDataModule):
     def _normalization(self, device: torch.device) -> tuple[Tensor, Tensor]:
         # By task, because the DataModules of a list may differ.
         if device not in self._tables:
-            pairs = [scale_and_shift(self._source(task)) for task in range(self.num_tasks)]
+            pairs = [self._source(task).scale_and_shift() for task in range(self.num_tasks)]
             scale, shift = (torch.stack(values).to(device) for values in zip(*pairs, strict=True))
             self._tables[device] = (scale, shift)
         return self._tables[device]

@@ -189,14 +189,16 @@ def _drain_file(
         if not lines and not torn:
             return in_doubt
         metrics = path == metrics_file(spool, result.run_id)
-        whole = [line for line in lines if is_whole(line, metrics)]
-        if len(whole) < len(lines):
-            for line in lines:
-                if not is_whole(line, metrics):
-                    keep_refused(spool, result.run_id, line)
-            foreign, kept = len(lines) - len(whole), refused_file(spool, result.run_id)
-            result.refused += foreign
-            result.notices.append(f"{foreign} lines in {path.name} are no tracker's; kept in {kept}")
+        whole: list[Any] = []
+        foreign: list[Any] = []
+        for line in lines:
+            (whole if is_whole(line, metrics) else foreign).append(line)
+        for line in foreign:
+            keep_refused(spool, result.run_id, line)
+        if foreign:
+            result.refused += len(foreign)
+            kept = refused_file(spool, result.run_id)
+            result.notices.append(f"{len(foreign)} lines in {path.name} are no tracker's; kept in {kept}")
         for call in _calls(whole, result.run_id, metrics):
             new = present.without(call)
             _send(client, without_known(client, new, uri) if in_doubt else new, spool, result)
