@@ -13,6 +13,7 @@ from optuna.pruners import BasePruner
 from optuna.samplers import BaseSampler
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
+from sqlalchemy import Connection, event
 from sqlalchemy.exc import IntegrityError, OperationalError, ProgrammingError
 
 from ds_lightning.errors import ConfigError
@@ -131,14 +132,13 @@ def open_storage(place: str) -> BaseStorage:
     if place.startswith("sqlite:///"):
         # SQLite makes the file, never the folder.
         Path(place.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
-        # Many processes, one writer at a time: each waits for its turn, from the start of what it writes on. SQLite
-        # would refuse one that had begun to read ("database is locked"), without waiting.
-        options: dict[str, Any] = {"connect_args": {"timeout": _LOCKED_SECONDS, "isolation_level": "IMMEDIATE"}}
+        # The driver begins no transaction by itself: `_take_turns` does.
+        options: dict[str, Any] = {"connect_args": {"timeout": _LOCKED_SECONDS, "isolation_level": None}}
     else:
         # A server that was restarted meanwhile costs one connection, not the sweep.
         options = {"pool_pre_ping": True}
     try:
-        return _open_database(place, options)
+        storage = _open_database(place, options)
     except ImportError as error:
         raise ConfigError(
             f"storage {_without_password(place)!r} needs a driver: {' '.join(str(error).split())}; "
@@ -148,6 +148,18 @@ def open_storage(place: str) -> BaseStorage:
         # SQLAlchemy and each driver have their own families of errors; all mean the same here.
         reason = " ".join(str(error).split())[:300]
         raise ConfigError(f"storage {_without_password(place)!r} can't be opened: {reason}") from error
+    if place.startswith("sqlite:///"):
+        event.listen(storage.engine, "begin", _take_turns)
+    return storage
+
+
+def _take_turns(connection: Connection) -> None:
+    """Make a transaction of SQLite wait for its turn before it reads.
+
+    The driver's own transactions begin with what they write: two processes both read that a trial is RUNNING, and
+    both end it. One that had begun to read would be refused ("database is locked"), without waiting.
+    """
+    connection.exec_driver_sql("BEGIN IMMEDIATE")
 
 
 def _with_driver(url: str) -> str:
@@ -158,7 +170,7 @@ def _with_driver(url: str) -> str:
     return url
 
 
-def _open_database(place: str, options: dict[str, Any]) -> BaseStorage:
+def _open_database(place: str, options: dict[str, Any]) -> RDBStorage:
     place = _with_driver(place)
     for _ in range(_TRIES):
         try:

@@ -1,10 +1,12 @@
 """Two sweeps that settle a third one's death at the same moment do so once."""
 
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import optuna
 import pytest
+from optuna.storages import RDBStorage
 from optuna.trial import TrialState
 
 from ds_lightning.sweeps import retries
@@ -92,6 +94,20 @@ def test_a_trial_that_a_dead_sweep_left_running_is_booked_once(sweeps, monkeypat
     assert [0] in given
 
 
+def test_sqlite_lets_one_process_end_a_trial(sweeps, monkeypatch):
+    found, marks = sweeps
+    original = RDBStorage.check_trial_is_updatable
+
+    def slowly(*arguments):
+        original(*arguments)
+        time.sleep(0.3)
+
+    monkeypatch.setattr(RDBStorage, "check_trial_is_updatable", slowly)
+    meet(monkeypatch, optuna.Study, "tell")
+    told = at_once(found, marks, lambda study, *_: tell(study, 0, TrialState.FAIL))
+    assert sorted(told) == [False, True]
+
+
 def test_a_dead_trial_is_given_out_again_once(sweeps, monkeypatch):
     found, marks = sweeps
     _, study, runs, _ = found[0]
@@ -107,12 +123,18 @@ def test_a_dead_trial_is_given_out_again_once(sweeps, monkeypatch):
         marks.own = mark
         ledger.close_trial(task.number, TrialOutcome("COMPLETE", [0.0]))
         assert ledger.open_trial() is None
+    # One that asked while the other took its retry got a new point: the second retry waits for who asks next.
+    mark, _, _, before = found[0]
+    marks.own = mark
+    ledger = Ledger(before.spec, study, runs, before._store, 1, None, True, Silence(), None, gone)
+    assert (task := ledger.open_trial()).retry_of is None
+    ledger.close_trial(task.number, TrialOutcome("COMPLETE", [0.0]))
     states = [trial.state.name for trial in study.trials]
-    assert sorted(states) == ["COMPLETE", "COMPLETE", "FAIL", "FAIL"]
+    assert sorted(states) == ["COMPLETE", "COMPLETE", "COMPLETE", "FAIL", "FAIL"]
     again = [trial for trial in study.trials if trial.user_attrs.get("retry_of") == 0]
     assert [trial.state.name for trial in again] == ["COMPLETE", "FAIL"]
     assert all(trial.params == study.trials[0].params for trial in again)
-    assert retries.counted(study) == 2
+    assert retries.counted(study) == 3
     assert retries.pending(study, 2, lambda mark: True) == []
     double = runs._client.get_run(runs.child(again[1].number))
     assert (double.info.status, double.data.tags["retry_of"]) == ("FAILED", "0")
