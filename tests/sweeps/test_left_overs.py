@@ -127,7 +127,8 @@ def test_a_dead_trial_is_given_out_again_once(sweeps, monkeypatch):
     mark, _, _, before = found[0]
     marks.own = mark
     ledger = Ledger(before.spec, study, runs, before._store, 1, None, True, Silence(), None, gone)
-    assert (task := ledger.open_trial()).retry_of is None
+    task = ledger.open_trial()
+    assert task.retry_of is None
     ledger.close_trial(task.number, TrialOutcome("COMPLETE", [0.0]))
     states = [trial.state.name for trial in study.trials]
     assert sorted(states) == ["COMPLETE", "COMPLETE", "COMPLETE", "FAIL", "FAIL"]
