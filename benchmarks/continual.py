@@ -78,6 +78,7 @@ class Run:
     device: str = "auto"
     data_dir: str = ""
     train_size: int | None = None
+    test_size: int | None = None
     norm: str = "batch"
     severity: float = 1.0
 
@@ -90,7 +91,7 @@ def fit(run: Run) -> dict[str, Any]:
     natural = run.stream == "shifts"
     if natural:
         data = CIFARFile(batch_size=128, val_fraction=0.001, train_size=run.train_size, seed=run.seed)
-        data.path = str(Path(run.data_dir) / "cifar10_jpeg.npz")
+        data.path, data.test_size = str(Path(run.data_dir) / "cifar10_jpeg.npz"), run.test_size
     else:
         data = MNIST5k(batch_size=64, val_fraction=0.0025, seed=run.seed)
     options = {**STREAMS[run.stream], "epochs_per_task": run.epochs, "memory_size": run.memory, "seed": run.seed}
@@ -268,6 +269,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="processes; more than one spoils the times")
     parser.add_argument("--data-dir", default="", help="folder of cifar10_jpeg.npz, for the stream shifts")
     parser.add_argument("--train-size", type=int, help="training images of the stream shifts; all when left out")
+    parser.add_argument("--test-size", type=int, help="test images of the stream shifts; all when left out")
     parser.add_argument("--norm", choices=("batch", "group"), default="batch", help="of the network of shifts")
     parser.add_argument("--severity", type=float, default=1.0, help="of the shifts")
     parser.add_argument("--write", type=Path, help="folder of docs: pictures go into its figures/")
@@ -286,6 +288,7 @@ def main() -> None:
             device=options.device,
             data_dir=options.data_dir if name == "shifts" else "",
             train_size=options.train_size if name == "shifts" else None,
+            test_size=options.test_size if name == "shifts" else None,
             norm=options.norm,
             severity=options.severity,
         )
