@@ -19,14 +19,20 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 # Imported so that their short names (`--model Classifier`) resolve.
 import ds_lightning.callbacks.continual_metrics
+import ds_lightning.callbacks.episode_pictures
 import ds_lightning.callbacks.ewc
 import ds_lightning.callbacks.finite
 import ds_lightning.callbacks.layer_lr
+import ds_lightning.datamodules.episodes
 import ds_lightning.datamodules.image_folder
 import ds_lightning.datamodules.mnist5k
+import ds_lightning.datamodules.sinusoids
 import ds_lightning.datamodules.tasks
 import ds_lightning.datamodules.torchvision_sets
 import ds_lightning.modules.classifier
+import ds_lightning.modules.meta_learning
+import ds_lightning.modules.prototypical
+import ds_lightning.modules.transfer
 import ds_lightning.tracking.tracker
 from ds_lightning.allowlist import allow_packages, one_line_refusals, refusal, split_allowed
 from ds_lightning.checkpoint_check import does_not_fit

@@ -7,6 +7,7 @@ from ds_lightning._lazy import lazy_names
 if TYPE_CHECKING:
     from .continual_metrics import ContinualMetrics as ContinualMetrics
     from .durable_checkpoint import DurableCheckpoint as DurableCheckpoint
+    from .episode_pictures import EpisodePictures as EpisodePictures
     from .ewc import ElasticWeightConsolidation as ElasticWeightConsolidation
     from .exact_resume import ExactResume as ExactResume
     from .finite import FiniteGuard as FiniteGuard
@@ -18,6 +19,7 @@ __all__ = [
     "DurableCheckpoint",
     "DynamicLayerLR",
     "ElasticWeightConsolidation",
+    "EpisodePictures",
     "ExactResume",
     "FiniteGuard",
     "Preemption",
@@ -31,6 +33,7 @@ __getattr__, __dir__ = lazy_names(
         "DurableCheckpoint": ".durable_checkpoint",
         "DynamicLayerLR": ".layer_lr",
         "ElasticWeightConsolidation": ".ewc",
+        "EpisodePictures": ".episode_pictures",
         "FiniteGuard": ".finite",
         "Preemption": ".preemption",
     },

@@ -5,11 +5,13 @@ from typing import TYPE_CHECKING
 from ds_lightning._lazy import lazy_names
 
 if TYPE_CHECKING:
+    from .episodes import Episodes as Episodes
     from .image_data import ImageData as ImageData
     from .image_folder import ImageFolder as ImageFolder
     from .in_memory import InMemoryImageData as InMemoryImageData
     from .mixer import BatchMixer as BatchMixer
     from .mnist5k import MNIST5k as MNIST5k
+    from .sinusoids import Sinusoids as Sinusoids
     from .tasks import TaskStream as TaskStream
     from .torchvision_sets import CIFAR10 as CIFAR10
     from .torchvision_sets import FashionMNIST as FashionMNIST
@@ -17,11 +19,13 @@ if TYPE_CHECKING:
 __all__ = [
     "CIFAR10",
     "BatchMixer",
+    "Episodes",
     "FashionMNIST",
     "ImageData",
     "ImageFolder",
     "InMemoryImageData",
     "MNIST5k",
+    "Sinusoids",
     "TaskStream",
 ]
 
@@ -30,11 +34,13 @@ __getattr__, __dir__ = lazy_names(
     {
         "BatchMixer": ".mixer",
         "CIFAR10": ".torchvision_sets",
+        "Episodes": ".episodes",
         "FashionMNIST": ".torchvision_sets",
         "ImageData": ".image_data",
         "ImageFolder": ".image_folder",
         "InMemoryImageData": ".in_memory",
         "MNIST5k": ".mnist5k",
+        "Sinusoids": ".sinusoids",
         "TaskStream": ".tasks",
     },
 )

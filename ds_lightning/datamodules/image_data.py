@@ -14,7 +14,7 @@ from ds_lightning.functional.seeds import derived_seed
 
 from .augment import RandomCropFlip
 from .mixer import BatchMixer, check_mixing
-from .streams import EpochSampler, stratified_order
+from .streams import EpochSampler, next_epoch, stratified_order
 from .transforms import SeededTransform
 
 Batch = dict[str, Tensor]
@@ -156,8 +156,7 @@ class ImageData(L.LightningDataModule, ABC):
             **self._replicas(),
         )
         if self.trainer is not None:
-            # On resume Lightning tells the epoch too late for workers: they have begun with epoch 0's order.
-            sampler.set_epoch(self.trainer.current_epoch)
+            sampler.set_epoch(next_epoch(self.trainer))
         return self._loader(data, sampler=sampler, drop_last=self.drop_last)
 
     def val_dataloader(self) -> DataLoader[Any]:

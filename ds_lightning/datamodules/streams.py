@@ -3,12 +3,24 @@
 from collections.abc import Iterator, Sized
 from typing import Any
 
+import lightning.pytorch as L
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 from torch.utils.data.distributed import DistributedSampler
 
 from ds_lightning.functional.seeds import derived_seed
+
+
+def next_epoch(trainer: L.Trainer) -> int:
+    """Return the epoch that a trainer is to run next, for a loader that is made now.
+
+    On resume Lightning tells samplers the epoch too late for workers, which have begun by then. And after a checkpoint
+    from an epoch's end, `trainer.current_epoch` is still that epoch while the loaders are made.
+    """
+    # Typed as the base class of what it is.
+    progress: Any = trainer.fit_loop.epoch_progress.current
+    return int(progress.processed)
 
 
 class EpochSampler(DistributedSampler[Any]):

@@ -14,6 +14,7 @@ from ds_lightning.functional.seeds import derived_seed
 
 from .image_data import Batch, ImageData, as_it_is
 from .rehearsal import RehearsalSampler, reservoir
+from .streams import next_epoch
 from .task_kinds import check_kind, check_list, make_tasks, sources
 from .task_samples import TaskSamples, TaskTable
 from .task_shifts import DOMAINS
@@ -207,7 +208,7 @@ class TaskStream(L.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Any]:
         """The current task's training samples, shuffled, with some of the memory in each batch."""
-        task = self.current_task
+        task = 0 if self.trainer is None else self.task_of_epoch(next_epoch(self.trainer))
         module = self._source(task)
         samples = TaskSamples([self._table.part(number, "train") for number in range(task + 1)])
         cells = {id(part.data): part.data.transform.epoch for part in samples.parts if part.data.transform is not None}
@@ -221,7 +222,7 @@ class TaskStream(L.LightningDataModule):
             **module._replicas(),
         )
         if self.trainer is not None:
-            sampler.set_epoch(self.trainer.current_epoch)
+            sampler.set_epoch(next_epoch(self.trainer))
         return self._loader(samples, module, sampler)
 
     def val_dataloader(self) -> DataLoader[Any]:

@@ -19,11 +19,16 @@ if TYPE_CHECKING:
     from .fisher_labels import label_loss as label_loss
     from .fisher_labels import model_labels as model_labels
     from .gradient_statistics import layer_gradient_moments as layer_gradient_moments
+    from .maml import adapted_outputs as adapted_outputs
+    from .maml import inner_adapt as inner_adapt
+    from .maml import multi_step_weights as multi_step_weights
+    from .maml import use_batch_statistics as use_batch_statistics
     from .mixing import cutmix as cutmix
     from .mixing import mixup as mixup
 
 __all__ = [
     "FisherSum",
+    "adapted_outputs",
     "as_batch",
     "average_accuracy",
     "backward_transfer",
@@ -32,13 +37,16 @@ __all__ = [
     "fisher_sums",
     "forgetting",
     "forward_transfer",
+    "inner_adapt",
     "input_of",
     "label_loss",
     "largest_drop",
     "layer_gradient_moments",
     "mixup",
     "model_labels",
+    "multi_step_weights",
     "restrict",
+    "use_batch_statistics",
 ]
 
 __getattr__, __dir__ = lazy_names(
@@ -55,6 +63,10 @@ __getattr__, __dir__ = lazy_names(
         "input_of": ".batch",
         "fisher_diagonal": ".fisher",
         "fisher_sums": ".fisher",
+        "adapted_outputs": ".maml",
+        "inner_adapt": ".maml",
+        "multi_step_weights": ".maml",
+        "use_batch_statistics": ".maml",
         "label_loss": ".fisher_labels",
         "model_labels": ".fisher_labels",
         "layer_gradient_moments": ".gradient_statistics",

@@ -1,11 +1,9 @@
 """Supervised classification."""
 
 from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import torch
-from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
@@ -14,15 +12,14 @@ from torch.nn import functional as F
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassConfusionMatrix
 
-from ds_lightning.checkpoint_check import check_loadable, does_not_fit
 from ds_lightning.errors import ConfigError
 from ds_lightning.functional.batch import as_batch, input_of, labelled_batch, restrict
+from ds_lightning.modules._network_module import NetworkModule, named_network
 from ds_lightning.modules.class_metrics import class_metrics, log_confusion
 from ds_lightning.modules.optimizers import make_optimizers
-from ds_lightning.networks.by_name import backbone
 
 
-class Classifier(LightningModule):
+class Classifier(NetworkModule):
     """Train any network to tell classes apart, on plain or on mixed (MixUp, CutMix) batches.
 
     What is not given (classes, channels, size) is read from the DataModule when training starts, and is kept
@@ -96,29 +93,6 @@ class Classifier(LightningModule):
         if num_classes is not None and (self.network is not None or in_channels is not None):
             self.configure_model()
 
-    @classmethod
-    def load_from_checkpoint(  # noqa: D417
-        cls, checkpoint_path: Any, map_location: Any = None, *others: Any, **more: Any
-    ) -> Self:
-        """Load as Lightning does, with one line that names the file when it can't be.
-
-        Args:
-            checkpoint_path: file or URL; the other arguments are Lightning's.
-
-        Raises:
-            DataError: when the file is torn, holds pickled classes, is no checkpoint, or is another network's.
-        """
-        local = isinstance(checkpoint_path, str | Path) and "://" not in str(checkpoint_path)
-        if local:
-            check_loadable(checkpoint_path, trusted=more.get("weights_only") is False)
-        try:
-            return super().load_from_checkpoint(checkpoint_path, map_location, *others, **more)
-        except RuntimeError as error:
-            found = does_not_fit(checkpoint_path, error)
-            if found is None:
-                raise
-            raise found from error
-
     # ---------------------------------------------------------------- the network
 
     def configure_model(self) -> None:
@@ -126,25 +100,11 @@ class Classifier(LightningModule):
         if self.num_classes is None:
             self.num_classes = self._from_data("num_classes")
         if self.network is None:
-            if self.in_channels is None or self.image_size is None:
-                shape = self._from_data("input_shape", required=self.in_channels is None)
-                self.in_channels = self.in_channels or shape[0]
-                self.image_size = self.image_size or (shape[1] if shape else None)
+            self.in_channels, self.image_size = self._image_shape(self.in_channels, self.image_size)
             assert self._network_name is not None
-            try:
-                self.network = backbone(
-                    self._network_name,
-                    num_classes=self.num_classes,
-                    in_channels=self.in_channels,
-                    image_size=self.image_size,
-                    **self._network_options,
-                )
-            except (TypeError, ValueError) as error:
-                if isinstance(error, ConfigError) or not self._network_options:
-                    raise
-                raise ConfigError(
-                    f"network_options {self._network_options} do not fit {self._network_name!r}: {error}"
-                ) from error
+            self.network = named_network(
+                self._network_name, self.num_classes, self.in_channels, self.image_size, self._network_options
+            )
         if not hasattr(self, "val_metrics"):
             self._build_metrics(self.num_classes)
         for name in ("num_classes", "in_channels", "image_size"):
@@ -156,18 +116,6 @@ class Classifier(LightningModule):
         self.test_metrics = metrics.clone(prefix="test/")
         self.val_confusion = MulticlassConfusionMatrix(num_classes)
         self.test_confusion = MulticlassConfusionMatrix(num_classes)
-
-    def _from_data(self, name: str, *, required: bool = True) -> Any:
-        # Outside a Trainer, reading self.trainer raises.
-        datamodule = getattr(self._trainer, "datamodule", None) if self._trainer is not None else None
-        value = getattr(datamodule, name, None)
-        if value is None and required:
-            wanted = "in_channels" if name == "input_shape" else name
-            raise ConfigError(
-                f"{wanted} is neither given nor known from the DataModule ({type(datamodule).__name__}); "
-                f"give it to {type(self).__name__}, or set `{name}` on the DataModule in its setup"
-            )
-        return value
 
     def forward(self, x: Tensor) -> Tensor:
         """Map a batch of inputs to logits (B, num_classes)."""

@@ -6,16 +6,22 @@ from ds_lightning._lazy import lazy_names
 
 if TYPE_CHECKING:
     from .by_name import backbone as backbone
+    from .few_shot_networks import Conv4 as Conv4
+    from .few_shot_networks import conv4 as conv4
+    from .few_shot_networks import mlp as mlp
     from .residual import ResNet as ResNet
     from .residual import resnet as resnet
 
-__all__ = ["ResNet", "backbone", "resnet"]
+__all__ = ["Conv4", "ResNet", "backbone", "conv4", "mlp", "resnet"]
 
 __getattr__, __dir__ = lazy_names(
     __name__,
     {
+        "Conv4": ".few_shot_networks",
         "ResNet": ".residual",
         "backbone": ".by_name",
+        "conv4": ".few_shot_networks",
+        "mlp": ".few_shot_networks",
         "resnet": ".residual",
     },
 )

@@ -6,6 +6,7 @@ from typing import Any
 from torch import nn
 
 from ds_lightning.errors import ConfigError
+from ds_lightning.networks.few_shot_networks import conv4
 from ds_lightning.networks.residual import DEPTHS, resnet
 
 _OURS = {f"resnet{depth}": depth for depth in DEPTHS}
@@ -22,7 +23,7 @@ def backbone(
     """Build a network by name.
 
     Args:
-        name: one of ours (`resnet8` to `resnet110`), `torchvision/NAME` or `timm/NAME` (needs the extra
+        name: one of ours (`resnet8` to `resnet110`, `conv4`), `torchvision/NAME` or `timm/NAME` (needs the extra
             `timm`). A bare name that is not ours is looked up in torchvision, then in timm.
         num_classes: outputs, at least 1.
         in_channels: channels of the images; a torchvision network's first convolution is replaced to fit.
@@ -42,12 +43,14 @@ def backbone(
     if not library and name in _OURS:
         options.setdefault("small_input", image_size is None or image_size <= 64)
         return resnet(_OURS[name], in_channels=in_channels, num_classes=num_classes, **options)
+    if name == "conv4":
+        return conv4(num_classes, in_channels, image_size, **options)
     if library in ("", "torchvision"):
         from torchvision.models import get_model_builder, list_models
 
         if rest in list_models():
             return _torchvision(get_model_builder(rest), num_classes, in_channels, image_size, options)
-        known = [*_OURS, *list_models()]
+        known = [*_OURS, "conv4", *list_models()]
     if library in ("", "timm"):
         try:
             import timm

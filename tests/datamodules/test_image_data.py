@@ -4,6 +4,7 @@ import albumentations
 import lightning.pytorch as L
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from squares import Squares, ready
 from torch.utils.data import DataLoader, DistributedSampler
 
@@ -119,6 +120,18 @@ def test_a_resumed_run_equals_one_that_never_stopped(tmp_path, workers, tidy):
     assert not torch.equal(whole.seen["train"][0]["label"], whole.seen["train"][3]["label"])
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_resume_from_an_epochs_end_goes_on_with_the_next_epochs_order(tmp_path, workers, tidy):
+    saver = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
+    whole, resumed = Probe(), Probe()
+    trainer(tmp_path, 3, callbacks=[saver], enable_checkpointing=True).fit(whole, Squares(batch_size=20, seed=5))
+    data = Squares(batch_size=20, seed=5, num_workers=workers)
+    trainer(tmp_path, 3).fit(resumed, data, ckpt_path=tmp_path / "epoch=1.ckpt", weights_only=True)
+    expected = [batch["image"] for batch in whole.seen["train"][6:]]
+    assert len(expected) == 3
+    assert all(torch.equal(*pair) for pair in zip(expected, (b["image"] for b in resumed.seen["train"]), strict=True))
+
+
 def epoch_of(data):
     return torch.cat([batch["image"] for batch in data.train_dataloader()])
 
@@ -171,7 +184,7 @@ class Replica:
     def __init__(self, rank):
         self.distributed_sampler_kwargs = {"num_replicas": 2, "rank": rank}
         self.training = True
-        self.current_epoch = 0
+        self.fit_loop = L.Trainer(logger=False, enable_checkpointing=False, accelerator="cpu").fit_loop
 
 
 def test_ranks_train_on_different_images_and_mix_differently():

@@ -109,20 +109,25 @@ def test_a_resume_inside_a_task_ends_bit_equal(tmp_path, workers, steps):
         assert torch.equal(cases.weights(resumed), cases.weights(uninterrupted)), step
 
 
-def test_a_resume_at_a_tasks_end_goes_on_with_the_next(tmp_path):
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("epoch", [1, 2])
+def test_a_resume_at_an_epochs_end_needs_no_callback(tmp_path, epoch, workers):
     saver = pl.callbacks.ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
     uninterrupted = fit(tmp_path, split(memory=12), saver)
-    resumed = fit(tmp_path, split(memory=12), resume=tmp_path / "epoch=1.ckpt", seed=1)
-    assert resumed.steps == [step for step in uninterrupted.steps if step[0] >= 2]
-    assert resumed.validations == [entry for entry in uninterrupted.validations if entry[0] >= 2]
+    data = split(memory=12, data=Ramps(batch_size=BATCH, num_workers=workers))
+    resumed = fit(tmp_path, data, resume=tmp_path / f"epoch={epoch}.ckpt", seed=1)
+    assert resumed.steps == [step for step in uninterrupted.steps if step[0] > epoch]
+    assert resumed.validations == [entry for entry in uninterrupted.validations if entry[0] > epoch]
 
 
-def test_two_processes_share_each_epoch(monkeypatch):
+def test_two_processes_share_each_epoch(monkeypatch, tmp_path):
     shares = []
     for rank in range(2):
         monkeypatch.setattr(Ramps, "_replicas", lambda self, rank=rank: {"num_replicas": 2, "rank": rank})
-        monkeypatch.setattr(TaskStream, "current_task", 1)
-        loader = ready(split(memory=40)).train_dataloader()
+        stream = ready(split(memory=40))
+        stream.trainer = trainer(tmp_path)
+        stream.trainer.fit_loop.epoch_progress.current.processed = 2  # two epochs a task: the second one is next
+        loader = stream.train_dataloader()
         shares.append(whole(loader))
         assert len(loader) == 2
     monkeypatch.undo()

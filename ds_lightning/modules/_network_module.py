@@ -1,0 +1,80 @@
+"""What every module shares whose network may be given by name and fitted to the data."""
+
+from pathlib import Path
+from typing import Any, Self
+
+from lightning.pytorch import LightningModule
+from torch import nn
+
+from ds_lightning.checkpoint_check import check_loadable, does_not_fit
+from ds_lightning.errors import ConfigError
+from ds_lightning.networks.by_name import backbone
+
+
+class NetworkModule(LightningModule):
+    """A LightningModule that asks the DataModule for what it was not told, and loads with one-line errors."""
+
+    @classmethod
+    def load_from_checkpoint(  # noqa: D417
+        cls, checkpoint_path: Any, map_location: Any = None, *others: Any, **more: Any
+    ) -> Self:
+        """Load as Lightning does, with one line that names the file when it can't be.
+
+        Args:
+            checkpoint_path: file or URL; the other arguments are Lightning's.
+
+        Raises:
+            DataError: when the file is torn, holds pickled classes, is no checkpoint, or is another network's.
+        """
+        local = isinstance(checkpoint_path, str | Path) and "://" not in str(checkpoint_path)
+        if local:
+            check_loadable(checkpoint_path, trusted=more.get("weights_only") is False)
+        try:
+            return super().load_from_checkpoint(checkpoint_path, map_location, *others, **more)
+        except RuntimeError as error:
+            found = does_not_fit(checkpoint_path, error)
+            if found is None:
+                raise
+            raise found from error
+
+    def _from_data(self, name: str, *, wanted: str | None = None, required: bool = True) -> Any:
+        # Outside a Trainer, reading self.trainer raises.
+        datamodule = getattr(self._trainer, "datamodule", None) if self._trainer is not None else None
+        value = getattr(datamodule, name, None)
+        if value is None and required:
+            raise ConfigError(
+                f"{wanted or name} is neither given nor known from the DataModule ({type(datamodule).__name__}); "
+                f"give it to {type(self).__name__}, or set `{name}` on the DataModule in its setup"
+            )
+        return value
+
+    def _image_shape(self, in_channels: int | None, image_size: int | None) -> tuple[int, int | None]:
+        """Return the channels and the size of the images, from the DataModule where they are not given."""
+        if in_channels is None or image_size is None:
+            shape = self._from_data("input_shape", wanted="in_channels", required=in_channels is None)
+            in_channels = in_channels or shape[0]
+            image_size = image_size or (shape[1] if shape else None)
+        return in_channels, image_size
+
+
+def named_network(
+    name: str, num_outputs: int, in_channels: int, image_size: int | None, options: dict[str, Any]
+) -> nn.Module:
+    """Build a network by name, and say so when its options do not fit.
+
+    Args:
+        name: as for `backbone`.
+        num_outputs: as `num_classes` of `backbone`.
+        in_channels: channels of the images.
+        image_size: height and width in pixels, where it is known.
+        options: the user's `network_options`.
+
+    Raises:
+        ConfigError: on an unknown name, or options that the network refuses.
+    """
+    try:
+        return backbone(name, num_classes=num_outputs, in_channels=in_channels, image_size=image_size, **options)
+    except (TypeError, ValueError) as error:
+        if isinstance(error, ConfigError) or not options:
+            raise
+        raise ConfigError(f"network_options {options} do not fit {name!r}: {error}") from error
