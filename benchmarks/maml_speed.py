@@ -10,6 +10,7 @@ the weights and the data, counted at every operation on a CPU, by CUDA's allocat
 
 import argparse
 import json
+import random
 import statistics
 import time
 import weakref
@@ -106,7 +107,8 @@ def milliseconds(rivals: dict[str, Callable[[], Any]], rounds: int, device: str)
     for turn in range(rounds + 1):
         order = list(rivals.items())
         # Who comes after a slow rival finds cold caches: each comes after each.
-        for name, rival in order[turn % len(order) :] + order[: turn % len(order)]:
+        random.Random(turn).shuffle(order)
+        for name, rival in order:
             begin = time.perf_counter()
             rival()
             if device == "cuda":
@@ -167,7 +169,8 @@ def speed(device: str, rounds: int) -> dict[str, Any]:
             }
             if torchopt is not None:
                 rivals["torchopt"] = lambda n=network, d=data, s=steps: torchopt_loop(n, d, s)
-            times = milliseconds(rivals, rounds, device)
+            # A step of a few milliseconds needs more turns.
+            times = milliseconds(rivals, rounds * 8 if make is perceptron else rounds, device)
             found[f"{name}, {steps} steps"] = {**times, "loop / auto": round(times["loop"] / times["auto"], 2)}
     return found
 
