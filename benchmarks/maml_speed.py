@@ -26,6 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ds_lightning.functional import adapted_outputs
+from ds_lightning.networks import conv4, mlp
 
 try:
     import torchopt
@@ -34,18 +35,8 @@ except ImportError:
 
 Data = tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]
 Gradients = tuple[Tensor, ...]
-
-
-def perceptron() -> nn.Module:
-    return nn.Sequential(nn.Linear(1, 40), nn.ReLU(), nn.Linear(40, 40), nn.ReLU(), nn.Linear(40, 1))
-
-
-def conv4(width: int = 32, ways: int = 5) -> nn.Module:
-    layers: list[nn.Module] = []
-    for channels in (1, width, width, width):
-        conv = nn.Conv2d(channels, width, 3, padding=1)
-        layers += [conv, nn.GroupNorm(8, width), nn.ReLU(), nn.MaxPool2d(2)]
-    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(width, ways))
+perceptron = partial(mlp, 1, 1)
+four_blocks = partial(conv4, 5, in_channels=1, image_size=28, width=32)
 
 
 def sinusoids(tasks: int, shots: int, device: str) -> Data:
@@ -156,7 +147,7 @@ def peak_mebibytes(step: Callable[[], Any], device: str) -> float:
 def speed(device: str, rounds: int) -> dict[str, Any]:
     found = {}
     cases = [("sinusoid, 25 tasks, K=10", perceptron, sinusoids(25, 10, device), (1, 5))]
-    cases += [(f"conv-4, {tasks} tasks", conv4, pictures(tasks, device), (1, 5)) for tasks in (4, 16)]
+    cases += [(f"conv-4, {tasks} tasks", four_blocks, pictures(tasks, device), (1, 5)) for tasks in (4, 16)]
     for name, make, data, counts in cases:
         network = make().to(device)
         for steps in counts:
@@ -178,8 +169,8 @@ def speed(device: str, rounds: int) -> dict[str, Any]:
 def memory(device: str) -> dict[str, Any]:
     found = {}
     for name, network, data in (
-        ("conv-4, 1 task", conv4().to(device), pictures(1, device)),
-        ("conv-4, 4 tasks", conv4().to(device), pictures(4, device)),
+        ("conv-4, 1 task", four_blocks().to(device), pictures(1, device)),
+        ("conv-4, 4 tasks", four_blocks().to(device), pictures(4, device)),
         ("sinusoid, 25 tasks", perceptron().to(device), sinusoids(25, 10, device)),
     ):
         peaks = {

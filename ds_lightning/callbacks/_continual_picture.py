@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from ._figures import new_figure
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -20,16 +22,11 @@ def accuracy_heat_map(matrix: Tensor, names: Sequence[str], title: str = "") -> 
         names: T names of the tasks.
         title: shown above.
     """
-    # Here, because it takes 0.3 s and most fits draw nothing.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     values = matrix.detach().cpu().double()
     tasks = len(names)
     short = [name if len(name) <= 14 else name[:13] + "…" for name in names]
     side = min(2.4 + 0.62 * tasks, 12.0)
-    figure = Figure(figsize=(side + 1.2, side), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(side + 1.2, side)
     axes = figure.add_subplot()
     image = axes.imshow(values.numpy(), cmap="viridis", vmin=0.0, vmax=1.0, interpolation="nearest")
     figure.colorbar(image, ax=axes, fraction=0.046, pad=0.02).set_label("accuracy")

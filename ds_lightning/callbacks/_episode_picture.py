@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ._figures import new_figure
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -122,13 +124,7 @@ def score_by_step(by_step: Mapping[int, float], score: str) -> "Figure":
 
 
 def _figure(width: float, height: float) -> "Figure":
-    # Here, because it takes 0.3 s and most fits draw nothing.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(min(width, 16.0), min(height, 24.0)), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
+    return new_figure(min(width, 16.0), min(height, 24.0))
 
 
 def _shown(images: Tensor) -> Tensor:

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 import lightning.pytorch as pl
 from torch import Tensor
 
+from ._figures import figure_writers, new_figure
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -14,11 +16,10 @@ _MAX_ROWS = 60  # above this names can't be read; the most important are shown
 
 def log_importance(trainer: pl.Trainer, importance: Mapping[str, Tensor], tasks: int) -> None:
     """Give the picture to every logger that has `log_figure`."""
-    taking = [log for logger in trainer.loggers if (log := getattr(logger, "log_figure", None)) is not None]
-    if taking:
+    if writers := figure_writers(trainer):
         figure = importance_bars(importance, f"importance after {tasks} tasks")
-        for log in taking:
-            log(figure, f"ewc/importance_{tasks}")
+        for log_figure in writers:
+            log_figure(figure, f"ewc/importance_{tasks}")
 
 
 def importance_bars(importance: Mapping[str, Tensor], title: str) -> "Figure":
@@ -28,17 +29,12 @@ def importance_bars(importance: Mapping[str, Tensor], title: str) -> "Figure":
         importance: parameter name to its importance, >= 0, in the order of the module.
         title: shown above.
     """
-    # Here, because it takes 0.3 s and most fits draw nothing.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     means = {name: float(value.double().mean()) if value.numel() else 0.0 for name, value in importance.items()}
     if len(means) > _MAX_ROWS:
         kept = set(sorted(means, key=means.__getitem__)[-_MAX_ROWS:])
         means = {name: value for name, value in means.items() if name in kept}
         title = f"{title} (the {_MAX_ROWS} largest)"
-    figure = Figure(figsize=(7.0, 1.2 + 0.22 * max(len(means), 3)), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(7.0, 1.2 + 0.22 * max(len(means), 3))
     axes = figure.add_subplot()
     axes.barh(range(len(means)), list(means.values()), color="#4c72b0", height=0.7)
     axes.set_yticks(range(len(means)), list(means), fontsize=8)

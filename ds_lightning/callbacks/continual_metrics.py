@@ -20,6 +20,7 @@ from ds_lightning.functional.continual import (
 )
 
 from ._eval_mode import eval_mode
+from ._figures import figure_writers
 from ._order import apply_order
 from ._strategies import SHARDED
 from ._tasks import ends_task, stream_of, task_batches
@@ -140,7 +141,7 @@ class ContinualMetrics(pl.Callback):
         self._matrix[task] = self._accuracies(trainer, pl_module)
         self._measured = True
         pl_module.log_dict(self._figures(task), on_step=False, on_epoch=True, batch_size=1, sync_dist=True)
-        writers = [logger.log_figure for logger in trainer.loggers if hasattr(logger, "log_figure")]
+        writers = figure_writers(trainer)
         if writers and trainer.is_global_zero:
             from ._continual_picture import accuracy_heat_map
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from ds_lightning.errors import ConfigError, NoEffectWarning
 
 from ._eval_mode import eval_mode
+from ._figures import figure_writers
 from ._strategies import SHARDED
 
 _Stage = Literal["val", "test"]
@@ -106,7 +107,7 @@ class EpisodePictures(pl.Callback):
     def _look(
         self, trainer: pl.Trainer, module: Any, batch: Any, batch_idx: int, dataloader_idx: int, stage: _Stage
     ) -> None:
-        if batch_idx or dataloader_idx or not self._writers(trainer):
+        if batch_idx or dataloader_idx or not figure_writers(trainer):
             return
         # Sharded weights are gathered in a forward pass, which therefore is the same on all ranks.
         if not trainer.is_global_zero and not isinstance(trainer.strategy, SHARDED):
@@ -117,10 +118,6 @@ class EpisodePictures(pl.Callback):
                 outputs = module.predictions(few)
         # Labels and images are small; the loader may use its own tensors again.
         self._seen[stage] = (_on_cpu(few), outputs.detach().float().cpu())
-
-    @staticmethod
-    def _writers(trainer: pl.Trainer) -> list[Any]:
-        return [logger.log_figure for logger in trainer.loggers if hasattr(logger, "log_figure")]
 
     # ---------------------------------------------------------------- what is drawn
 
@@ -146,7 +143,7 @@ class EpisodePictures(pl.Callback):
         self._draw(trainer, "test")
 
     def _keep_steps(self, trainer: pl.Trainer, stage: _Stage) -> None:
-        if not trainer.is_global_zero or not self._writers(trainer):
+        if not trainer.is_global_zero or not figure_writers(trainer):
             return
         for score in ("accuracy", "mse"):
             start = f"{stage}/{score}_after_"
@@ -159,7 +156,7 @@ class EpisodePictures(pl.Callback):
                 self._score, self._by_step[stage] = score, found
 
     def _draw(self, trainer: pl.Trainer, stage: _Stage) -> None:
-        writers = self._writers(trainer)
+        writers = figure_writers(trainer)
         if stage not in self._seen or not writers or not trainer.is_global_zero:
             return
         from ._episode_picture import curves, episode_grid, score_by_step

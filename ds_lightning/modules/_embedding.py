@@ -9,6 +9,25 @@ from ds_lightning.errors import ConfigError
 from ds_lightning.functional.batch import input_of
 
 
+def check_embedding(size: int | None) -> None:
+    """Refuse a number of features below 1."""
+    if size is not None and size < 1:
+        raise ConfigError(f"embedding is {size}; expected at least 1, or nothing for the network's features")
+
+
+def class_indices(method: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    """Return the labels of a batch, for a method that can't do without.
+
+    Raises:
+        ConfigError: when there are none.
+    """
+    if "label" not in batch:
+        raise ConfigError(
+            f"the batch has the keys {sorted(batch)}; {type(method).__name__} needs class indices in `label`"
+        )
+    return batch["label"]
+
+
 def embedding_size(network: nn.Module, given: int | None, name: str) -> int:
     """Return the features of an embedding network.
 

@@ -37,6 +37,15 @@ class NetworkModule(LightningModule):
                 raise
             raise found from error
 
+    @staticmethod
+    def _check(in_channels: int | None, image_size: int | None, lr_scheduler: Any) -> None:
+        """Refuse arguments that are outside their range."""
+        for name, value in (("in_channels", in_channels), ("image_size", image_size)):
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} is {value}; expected at least 1, or nothing to take the DataModule's")
+        if isinstance(lr_scheduler, str) and lr_scheduler != "cosine":
+            raise ConfigError(f"lr_scheduler is {lr_scheduler!r}; expected 'cosine', a scheduler or nothing")
+
     def _from_data(self, name: str, *, wanted: str | None = None, required: bool = True) -> Any:
         # Outside a Trainer, reading self.trainer raises.
         datamodule = getattr(self._trainer, "datamodule", None) if self._trainer is not None else None

@@ -72,13 +72,9 @@ class Classifier(NetworkModule):
         super().__init__()
         if num_classes is not None and num_classes < 2:
             raise ConfigError(f"num_classes is {num_classes}; expected at least 2")
-        for name, value in (("in_channels", in_channels), ("image_size", image_size)):
-            if value is not None and value < 1:
-                raise ConfigError(f"{name} is {value}; expected at least 1, or nothing to take the DataModule's")
+        self._check(in_channels, image_size, lr_scheduler)
         if not 0.0 <= label_smoothing < 1.0:
             raise ConfigError(f"label_smoothing is {label_smoothing}; expected a share in [0, 1)")
-        if isinstance(lr_scheduler, str) and lr_scheduler != "cosine":
-            raise ConfigError(f"lr_scheduler is {lr_scheduler!r}; expected 'cosine', a scheduler or nothing")
         given = {"network": network, "optimizer": optimizer, "lr_scheduler": lr_scheduler}
         self.save_hyperparameters(ignore=[name for name, value in given.items() if not isinstance(value, str | None)])
         self.num_classes = num_classes

@@ -64,11 +64,7 @@ class FewShotModule(NetworkModule):
         super().__init__()
         if ways is not None and ways < 2:
             raise ConfigError(f"ways is {ways}; expected at least 2, or nothing to take the DataModule's")
-        for name, value in (("in_channels", in_channels), ("image_size", image_size)):
-            if value is not None and value < 1:
-                raise ConfigError(f"{name} is {value}; expected at least 1, or nothing to take the DataModule's")
-        if isinstance(lr_scheduler, str) and lr_scheduler != "cosine":
-            raise ConfigError(f"lr_scheduler is {lr_scheduler!r}; expected 'cosine', a scheduler or nothing")
+        self._check(in_channels, image_size, lr_scheduler)
         given = {"network": network, "optimizer": optimizer, "lr_scheduler": lr_scheduler}
         left_out = [name for name, value in given.items() if not isinstance(value, str | None)]
         # None and the DataModule's number of ways would be a conflict to Lightning, which logs both.
@@ -111,11 +107,14 @@ class FewShotModule(NetworkModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map inputs (B, ...) to the network's outputs, without adaptation."""
+        outputs: Tensor = self._built()(x)
+        return outputs
+
+    def _built(self) -> nn.Module:
         if self.network is None:
             self.configure_model()
-            assert self.network is not None
-        outputs: Tensor = self.network(x)
-        return outputs
+        assert self.network is not None
+        return self.network
 
     # ---------------------------------------------------------------- what a method is
 

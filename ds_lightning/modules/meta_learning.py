@@ -19,6 +19,7 @@ from ds_lightning.functional.maml import (
     multi_step_weights,
     use_batch_statistics,
 )
+from ds_lightning.modules._embedding import at_least_float
 from ds_lightning.modules.few_shot import FewShotModule
 
 
@@ -147,12 +148,6 @@ class MAML(FewShotModule):
             rates[name.replace(".", "/")] = nn.Parameter(torch.full(shape, self.inner_lr).to(value))
         self.inner_rates = nn.ParameterDict(rates)
 
-    def _built(self) -> nn.Module:
-        if self.network is None:
-            self.configure_model()
-        assert isinstance(self.network, nn.Module)
-        return self.network
-
     def _how(self) -> dict[str, Any]:
         """Return the arguments that every adaptation takes."""
         self._built()
@@ -187,7 +182,7 @@ class MAML(FewShotModule):
         weights = self._step_weights()
         outputs = self._outputs(batch, range(self.inner_steps - len(weights) + 1, self.inner_steps + 1), self.order)
         y = _target(batch["query"]).flatten(0, 1)
-        losses = [default_loss(_at_least_float(output.flatten(0, 1)), y) for output in outputs]
+        losses = [default_loss(at_least_float(output.flatten(0, 1)), y) for output in outputs]
         total = sum(
             (weight * loss for weight, loss in zip(weights, losses, strict=True)), start=losses[0].new_zeros(())
         )
@@ -245,10 +240,6 @@ def _target(batch: Mapping[str, Tensor]) -> Tensor:
         if name in batch:
             return batch[name]
     raise ValueError(f"the batch has the keys {sorted(batch)}; expected `label` or `target` among them")
-
-
-def _at_least_float(outputs: Tensor) -> Tensor:
-    return outputs.float() if outputs.dtype in (torch.float16, torch.bfloat16) else outputs
 
 
 def _matching(network: nn.Module, adapt: str | list[str]) -> tuple[str, ...]:

@@ -9,9 +9,15 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ds_lightning.errors import ConfigError
 from ds_lightning.functional.batch import input_of
-from ds_lightning.modules._embedding import at_least_float, check_every_class, embed, number_of_ways
+from ds_lightning.modules._embedding import (
+    at_least_float,
+    check_embedding,
+    check_every_class,
+    class_indices,
+    embed,
+    number_of_ways,
+)
 from ds_lightning.modules.few_shot import FewShotModule
 
 
@@ -60,8 +66,7 @@ class PrototypicalNetwork(FewShotModule):
         optimizer: OptimizerCallable = lambda params: torch.optim.Adam(params, lr=1e-3),
         lr_scheduler: Literal["cosine"] | LRSchedulerCallable | None = None,
     ) -> None:
-        if embedding is not None and embedding < 1:
-            raise ConfigError(f"embedding is {embedding}; expected at least 1, or nothing for the network's features")
+        check_embedding(embedding)
         self.embedding = embedding
         super().__init__(
             network,
@@ -75,14 +80,8 @@ class PrototypicalNetwork(FewShotModule):
     def _num_outputs(self) -> int:
         return self.embedding or 0
 
-    def _built(self) -> nn.Module:
-        if self.network is None:
-            self.configure_model()
-        assert self.network is not None
-        return self.network
-
     def _logits(self, episodes: Mapping[str, Any]) -> Tensor:
-        label = _label(episodes["support"])
+        label = class_indices(self, episodes["support"])
         support, query = embed(self._built(), episodes["support"], episodes["query"])
         centres = prototypes(support, label, number_of_ways(episodes, label))
         return -squared_distances(query, centres)
@@ -94,7 +93,7 @@ class PrototypicalNetwork(FewShotModule):
             batch: `support` and `query`, each a batch with a leading dimension of tasks.
         """
         logits = self._logits(batch)
-        return F.cross_entropy(logits.flatten(0, 1), _label(batch["query"]).flatten()), logits
+        return F.cross_entropy(logits.flatten(0, 1), class_indices(self, batch["query"]).flatten()), logits
 
     def predictions(self, batch: Mapping[str, Any]) -> Tensor:
         """Return the logits (1, T, M, ways) of the query sets, without a graph.
@@ -114,7 +113,7 @@ class PrototypicalNetwork(FewShotModule):
         Raises:
             ValueError: when a class has no sample.
         """
-        label = _label(support)
+        label = class_indices(self, support)
         ways = check_every_class(label)
         # Outside a user's inference mode: what was made in there could never be trained.
         with torch.inference_mode(False), torch.no_grad():
@@ -165,9 +164,3 @@ def squared_distances(query: Tensor, centres: Tensor) -> Tensor:
     with torch.autocast(query.device.type, enabled=False):
         products = query @ centres.mT
     return query.square().sum(-1, keepdim=True) - 2 * products + centres.square().sum(-1).unsqueeze(1)
-
-
-def _label(batch: Mapping[str, Tensor]) -> Tensor:
-    if "label" not in batch:
-        raise ConfigError(f"the batch has the keys {sorted(batch)}; PrototypicalNetwork needs class indices in `label`")
-    return batch["label"]

@@ -13,7 +13,15 @@ from torch.nn import functional as F
 
 from ds_lightning.errors import ConfigError
 from ds_lightning.functional.batch import input_of
-from ds_lightning.modules._embedding import at_least_float, check_every_class, embed, embedding_size, number_of_ways
+from ds_lightning.modules._embedding import (
+    at_least_float,
+    check_embedding,
+    check_every_class,
+    class_indices,
+    embed,
+    embedding_size,
+    number_of_ways,
+)
 from ds_lightning.modules._task_heads import (
     TaskHeads,
     fit_logistic,
@@ -89,8 +97,7 @@ class TransferLearning(FewShotModule):
     ) -> None:
         if num_train_classes is not None and num_train_classes < 2:
             raise ConfigError(f"num_train_classes is {num_train_classes}; expected at least 2")
-        if embedding is not None and embedding < 1:
-            raise ConfigError(f"embedding is {embedding}; expected at least 1, or nothing for the network's features")
+        check_embedding(embedding)
         for name, value, choices in (
             ("finetune", finetune, ("head", "all")),
             ("head", head, ("linear", "cosine", "logistic")),
@@ -151,12 +158,6 @@ class TransferLearning(FewShotModule):
         self.train_head = nn.Linear(size, self.num_train_classes)
         self.hparams["num_train_classes"] = self.num_train_classes
 
-    def _built(self) -> nn.Module:
-        if self.network is None:
-            self.configure_model()
-        assert self.network is not None
-        return self.network
-
     def setup(self, stage: str) -> None:
         """Learn which of the data's classes are trained on."""
         classes = self._from_data("train_classes", required=False)
@@ -183,7 +184,7 @@ class TransferLearning(FewShotModule):
         classes = self._task_classes(batch)
         parts = embed(self._built(), batch["support"], batch["query"])
         logits = [self.train_head(part) for part in parts]
-        labels = [classes.gather(1, _label(batch[part])) for part in ("support", "query")]
+        labels = [classes.gather(1, class_indices(self, batch[part])) for part in ("support", "query")]
         loss = F.cross_entropy(
             torch.cat([part.flatten(0, 1) for part in logits]), torch.cat([part.flatten() for part in labels])
         )
@@ -199,7 +200,7 @@ class TransferLearning(FewShotModule):
             batch: `support` and `query`, each a batch with a leading dimension of tasks.
         """
         support, query = batch["support"], batch["query"]
-        label = _label(support)
+        label = class_indices(self, support)
         ways = number_of_ways(batch, label)
         with gradients_allowed():
             if self.finetune == "head":
@@ -256,10 +257,10 @@ class TransferLearning(FewShotModule):
         Raises:
             ValueError: when a class has no sample.
         """
-        ways = check_every_class(_label(support))
+        ways = check_every_class(class_indices(self, support))
         with gradients_allowed():
             x = input_of(support).to(self.device, copy=True)
-            label = _label(support).to(self.device, copy=True)
+            label = class_indices(self, support).to(self.device, copy=True)
             if self.finetune == "all":
                 network, heads, _ = self._tuned(x, label, ways)
             else:
@@ -281,9 +282,3 @@ class _OneTask(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         logits: Tensor = self.head(self.network(x)[None])[0]
         return logits
-
-
-def _label(batch: Mapping[str, Tensor]) -> Tensor:
-    if "label" not in batch:
-        raise ConfigError(f"the batch has the keys {sorted(batch)}; TransferLearning needs class indices in `label`")
-    return batch["label"]

@@ -5,13 +5,13 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
-from ds_lightning.networks.residual import _group_norm
+from ds_lightning.networks.residual import group_norm
 
 _LAYERS = 4
 
 
 _NORMS: dict[str | None, Callable[[int], nn.Module]] = {
-    "group": _group_norm,
+    "group": group_norm,
     "batch": nn.BatchNorm2d,
     # Over channels and pixels of one image.
     "layer": lambda channels: nn.GroupNorm(1, channels),

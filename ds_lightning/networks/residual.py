@@ -17,12 +17,13 @@ DEPTHS = tuple(sorted([*_SMALL_DEPTHS, *_IMAGENET_STAGES]))
 Norm = Callable[[int], nn.Module]
 
 
-def _group_norm(channels: int) -> nn.Module:
+def group_norm(channels: int) -> nn.Module:
+    """Return a GroupNorm of 8 groups, or of the most that divide the channels."""
     groups = next(g for g in (8, 4, 2, 1) if channels % g == 0)
     return nn.GroupNorm(groups, channels)
 
 
-_NORMS: dict[str, Norm] = {"batch": nn.BatchNorm2d, "group": _group_norm}
+_NORMS: dict[str, Norm] = {"batch": nn.BatchNorm2d, "group": group_norm}
 
 
 def _conv(inputs: int, outputs: int, size: int, stride: int = 1) -> nn.Conv2d:
