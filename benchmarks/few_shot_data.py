@@ -3,6 +3,7 @@
 import argparse
 import functools
 import json
+import math
 import statistics
 import sys
 import time
@@ -12,10 +13,34 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
+from torch.nn import functional as F
 
 from ds_lightning.datamodules import Episodes, InMemoryImageData, MNIST5k
 
 OMNIGLOT, EMOJI = "omniglot_small28.npz", "emoji64.npz"
+
+
+class AffineJitter:
+    """Turns each image by up to 15 degrees, scales it by up to 20% in each direction, shears and shifts it a little.
+
+    What comes in from outside is the image's border.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def __call__(self, image: Tensor) -> Tensor:
+        """Return the changed copy of images (B, C, H, W) uint8."""
+        drawn = 2 * torch.rand(len(image), 6, generator=self.generator) - 1
+        angle, scale = math.pi / 12 * drawn[:, 0], 1 + 0.2 * drawn[:, 1:3]
+        turn = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], 1).view(-1, 2, 2)
+        stretch = torch.diag_embed(scale)
+        stretch[:, 0, 1] = 0.2 * drawn[:, 3]
+        theta = torch.cat([turn @ stretch, 0.15 * drawn[:, 4:, None]], 2).to(image.device, non_blocking=True)
+        grid = F.affine_grid(theta, list(image.shape), align_corners=False)
+        moved = F.grid_sample(image.float(), grid, padding_mode="border", align_corners=False)
+        return moved.round_().to(torch.uint8)
 
 
 class FileImages(InMemoryImageData):
@@ -24,6 +49,11 @@ class FileImages(InMemoryImageData):
     def __init__(self, data_dir: str = "data", **options: Any) -> None:
         super().__init__(**options)
         self.data_dir = data_dir
+
+    def setup(self, stage: str | None = None) -> None:
+        """Read the images."""
+        super().setup(stage)
+        self.augment = AffineJitter(self.seed)
 
     def load(self):
         images, labels, self.class_names, self.class_groups, self.units = read(str(Path(self.data_dir, self.source)))

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-_LOOPED = (nn.modules.conv._ConvNd, nn.RNNBase, nn.RNNCellBase)
+_RECURRENT = (nn.RNNBase, nn.RNNCellBase)
 TASKS = ("auto", "vmap", "loop")
 
 
@@ -87,14 +87,15 @@ def check_normalization(network: nn.Module) -> None:
             )
 
 
-def all_at_once(network: nn.Module, tasks: str, count: int) -> bool:
+def all_at_once(network: nn.Module, tasks: str, count: int, device: str = "cpu") -> bool:
     """Say whether the tasks go through one vmap.
 
     Args:
-        network: looked at for `auto`: convolutions and recurrent layers are faster, or only possible, in a loop,
+        network: looked at for `auto`: recurrent layers go through a loop alone, convolutions are faster so on a CPU,
             and layers that are not torch's own may not work under vmap.
         tasks: `auto`, `vmap` or `loop`.
         count: number of tasks.
+        device: type of the device that has the inputs.
     """
     if tasks not in TASKS:
         raise ValueError(f"tasks is {tasks!r}; expected one of {', '.join(TASKS)}")
@@ -102,7 +103,9 @@ def all_at_once(network: nn.Module, tasks: str, count: int) -> bool:
         return tasks == "vmap"
     leaves = [module for module in network.modules() if not any(module.children())]
     known = all(type(leaf).__module__.startswith("torch.nn.modules.") for leaf in leaves)
-    return count > 1 and known and not any(isinstance(leaf, _LOOPED) for leaf in leaves)
+    # On an accelerator the number of kernels decides, and vmap launches as many for all tasks as for one.
+    looped = (*_RECURRENT, nn.modules.conv._ConvNd) if device == "cpu" else _RECURRENT
+    return count > 1 and known and not any(isinstance(leaf, looped) for leaf in leaves)
 
 
 def _listed(names: Iterable[str]) -> str:

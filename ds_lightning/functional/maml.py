@@ -143,9 +143,10 @@ def adapted_outputs(
         adapt: as for `inner_adapt`.
         loss_fn: of one task, as for `inner_adapt`.
         checkpoint: as for `inner_adapt`; the graphs of the query sets are kept.
-        tasks: `vmap` takes all tasks at once, 5 to 10 times faster for small fully connected networks; `loop` one
-            after the other, faster for convolutions on a CPU; `auto` takes vmap for networks of torch's own layers
-            without convolutions or recurrence. Both give the same, but for dropout's random numbers.
+        tasks: `vmap` takes all tasks at once, 5 to 10 times faster for small networks on a GPU and for small fully
+            connected ones anywhere; `loop` one after the other, faster for convolutions on a CPU; `auto` takes vmap
+            for networks of torch's own layers without recurrence, on a CPU also without convolutions. Both give the
+            same, but for dropout's random numbers.
 
     Returns:
         Outputs (S, T, M, ...), S = `len(after)`.
@@ -169,7 +170,7 @@ def adapted_outputs(
     names = adapting(own, adapt)
     check_rates(own, names, inner_lr)
     check_normalization(network)
-    many = all_at_once(network, tasks, len(x))
+    many = all_at_once(network, tasks, len(x), x.device.type)
     grad = torch.is_grad_enabled()
     how = Steps(network, loss_fn or default_loss, names, inner_lr, after[-1], order, checkpoint, many, not grad)
     with torch.enable_grad(), torch.autocast(**autocast_state(x.device)):

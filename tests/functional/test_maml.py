@@ -226,13 +226,14 @@ def test_tasks_go_at_once_where_that_is_known_to_work_and_to_be_faster() -> None
     class Own(nn.Module):
         pass
 
-    for network, at_once in (
-        (perceptron(nn.BatchNorm1d(4)), True),
-        (convolutional(nn.GroupNorm(2, 4)), False),
-        (nn.LSTM(2, 3), False),
-        (nn.Sequential(nn.Linear(2, 2), Own()), False),
+    for network, on_a_cpu, on_a_gpu in (
+        (perceptron(nn.BatchNorm1d(4)), True, True),
+        (convolutional(nn.GroupNorm(2, 4)), False, True),
+        (nn.LSTM(2, 3), False, False),
+        (nn.Sequential(nn.Linear(2, 2), Own()), False, False),
     ):
-        assert all_at_once(network, "auto", 4) == at_once
+        assert all_at_once(network, "auto", 4, "cpu") == on_a_cpu
+        assert all_at_once(network, "auto", 4, "cuda") == on_a_gpu
         assert not all_at_once(network, "auto", 1)
         assert all_at_once(network, "vmap", 4)
         assert not all_at_once(network, "loop", 4)
