@@ -50,7 +50,7 @@ def _presets(argv: list[str]) -> int:
     if not argv:
         for name in list_presets():
             first = (presets_root() / name).read_text().splitlines()[0]
-            print(f"{name:34}{first.removeprefix('#').strip() if first.startswith('#') else ''}".rstrip())
+            print(f"{name:36}{first.removeprefix('#').strip() if first.startswith('#') else ''}".rstrip())
         return 0
     for name in argv:
         print(find_config(name).read_text(), end="")

@@ -15,6 +15,10 @@ class NoEffectWarning(UserWarning):
     """Something was asked for and changed nothing, such as mixing a batch of one."""
 
 
+class CollapseWarning(UserWarning):
+    """All embeddings have become the same: what is learned says nothing about the samples."""
+
+
 class Preempted(SystemExit):
     """Training was stopped by a signal, and its state is saved.
 

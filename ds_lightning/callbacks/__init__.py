@@ -7,11 +7,13 @@ from ds_lightning._lazy import lazy_names
 if TYPE_CHECKING:
     from .continual_metrics import ContinualMetrics as ContinualMetrics
     from .durable_checkpoint import DurableCheckpoint as DurableCheckpoint
+    from .embedding_map import EmbeddingMap as EmbeddingMap
     from .episode_pictures import EpisodePictures as EpisodePictures
     from .ewc import ElasticWeightConsolidation as ElasticWeightConsolidation
     from .exact_resume import ExactResume as ExactResume
     from .finite import FiniteGuard as FiniteGuard
     from .layer_lr import DynamicLayerLR as DynamicLayerLR
+    from .linear_probe import LinearProbe as LinearProbe
     from .preemption import Preemption as Preemption
 
 __all__ = [
@@ -19,9 +21,11 @@ __all__ = [
     "DurableCheckpoint",
     "DynamicLayerLR",
     "ElasticWeightConsolidation",
+    "EmbeddingMap",
     "EpisodePictures",
     "ExactResume",
     "FiniteGuard",
+    "LinearProbe",
     "Preemption",
 ]
 
@@ -34,7 +38,9 @@ __getattr__, __dir__ = lazy_names(
         "DynamicLayerLR": ".layer_lr",
         "ElasticWeightConsolidation": ".ewc",
         "EpisodePictures": ".episode_pictures",
+        "EmbeddingMap": ".embedding_map",
         "FiniteGuard": ".finite",
+        "LinearProbe": ".linear_probe",
         "Preemption": ".preemption",
     },
 )

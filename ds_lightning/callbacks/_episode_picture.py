@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ._figures import new_figure
+from ._figures import new_figure, put_image, stretched
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -39,16 +39,16 @@ def episode_grid(
     figure = _figure(max(width, 3.0), height * tasks)
     for task, axes in enumerate(figure.subplots(tasks, 1, squeeze=False).flat):
         label, predicted = query["label"][task], logits[task].argmax(dim=-1)
-        images = _shown(torch.cat([support["image"][task], query["image"][task]]))
+        images = stretched(torch.cat([support["image"][task], query["image"][task]]))
         shown_support, shown_query = images[: len(support["label"][task])], images[len(support["label"][task]) :]
         words = _class_words(batch, task, logits.shape[-1], names)
         for row in range(ways):
             for place, index in enumerate((support["label"][task] == row).nonzero()[:shots, 0].tolist()):
-                _put(axes, shown_support[index], place, row)
+                put_image(axes, shown_support[index], place, row)
             for place, index in enumerate((label == row).nonzero()[:queries, 0].tolist()):
                 right = int(predicted[index]) == row
                 column = shots + 1 + place
-                _put(axes, shown_query[index], column, row)
+                put_image(axes, shown_query[index], column, row)
                 axes.add_patch(
                     Rectangle(
                         (column + 0.03, row + 0.03),
@@ -125,19 +125,6 @@ def score_by_step(by_step: Mapping[int, float], score: str) -> "Figure":
 
 def _figure(width: float, height: float) -> "Figure":
     return new_figure(min(width, 16.0), min(height, 24.0))
-
-
-def _shown(images: Tensor) -> Tensor:
-    """Return images (N, C, H, W) of any scale as (N, H, W, 3), stretched to [0, 1] over all of them."""
-    images = images.float()
-    if images.shape[1] != 3:
-        images = images[:, :1].expand(-1, 3, -1, -1)
-    low, high = images.amin(), images.amax()
-    return ((images - low) / (high - low).clamp(min=1e-12)).permute(0, 2, 3, 1)
-
-
-def _put(axes: Any, image: Tensor, column: int, row: int) -> None:
-    axes.imshow(image.numpy(), extent=(column + 0.05, column + 0.95, row + 0.95, row + 0.05), interpolation="nearest")
 
 
 def _class_words(batch: Mapping[str, Any], task: int, ways: int, names: Sequence[str] | None) -> list[str]:

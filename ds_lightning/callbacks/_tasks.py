@@ -71,11 +71,11 @@ def task_batches(
     loader = _training_loader(trainer, split) if stream is None else stream.task_dataloader(task, split)
     # A stream's own sampler says which samples the task has.
     if stream is None or (limit is not None and isinstance(getattr(loader, "sampler", None), SequentialSampler)):
-        loader = _in_order(loader, limit)
+        loader = in_order(loader, limit)
     elif limit is not None:
         loader = _cut(loader, limit)
     for batch in islice(loader, int(trainer.fast_dev_run) or None):  # type: ignore[attr-defined]
-        with _stage(trainer, RunningStage.VALIDATING):
+        with in_stage(trainer, RunningStage.VALIDATING):
             batch = trainer.precision_plugin.convert_input(batch)
             batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
             batch = trainer.strategy.batch_to_device(batch, dataloader_idx=0)
@@ -107,7 +107,7 @@ def _training_loader(trainer: pl.Trainer, split: str) -> DataLoader[Any]:
     return loader
 
 
-def _in_order(loader: Any, limit: int | None) -> Iterator[Any]:
+def in_order(loader: Any, limit: int | None) -> Iterator[Any]:
     """Read a loader's data without its sampler: all of them, or some that are spread evenly over them."""
     data, size, collate = loader.dataset, loader.batch_size, loader.collate_fn
     if isinstance(data, SeededData):  # of ExactResume, whose samplers give more than an index
@@ -150,7 +150,7 @@ def _first(batch: Any, most: int) -> tuple[Any, int]:
 
 
 @contextmanager
-def _stage(trainer: pl.Trainer, stage: RunningStage) -> Iterator[None]:
+def in_stage(trainer: pl.Trainer, stage: RunningStage) -> Iterator[None]:
     """Let the hooks see another stage for a while."""
     before, trainer.state.stage = trainer.state.stage, stage
     try:

@@ -13,11 +13,19 @@ if TYPE_CHECKING:
     from .continual import forgetting as forgetting
     from .continual import forward_transfer as forward_transfer
     from .continual import largest_drop as largest_drop
+    from .contrastive import info_nce as info_nce
+    from .contrastive import nt_xent as nt_xent
+    from .embedding_quality import alignment as alignment
+    from .embedding_quality import effective_rank as effective_rank
+    from .embedding_quality import recall_at as recall_at
+    from .embedding_quality import uniformity as uniformity
     from .fisher import FisherSum as FisherSum
     from .fisher import fisher_diagonal as fisher_diagonal
     from .fisher import fisher_sums as fisher_sums
     from .fisher_labels import label_loss as label_loss
     from .fisher_labels import model_labels as model_labels
+    from .gathering import gather_rows as gather_rows
+    from .gradient_cache import cached_embeddings as cached_embeddings
     from .gradient_statistics import layer_gradient_moments as layer_gradient_moments
     from .maml import adapted_outputs as adapted_outputs
     from .maml import inner_adapt as inner_adapt
@@ -29,14 +37,19 @@ if TYPE_CHECKING:
 __all__ = [
     "FisherSum",
     "adapted_outputs",
+    "alignment",
     "as_batch",
     "average_accuracy",
     "backward_transfer",
+    "cached_embeddings",
     "cutmix",
+    "effective_rank",
     "fisher_diagonal",
     "fisher_sums",
     "forgetting",
     "forward_transfer",
+    "gather_rows",
+    "info_nce",
     "inner_adapt",
     "input_of",
     "label_loss",
@@ -45,7 +58,10 @@ __all__ = [
     "mixup",
     "model_labels",
     "multi_step_weights",
+    "nt_xent",
+    "recall_at",
     "restrict",
+    "uniformity",
     "use_batch_statistics",
 ]
 
@@ -72,5 +88,13 @@ __getattr__, __dir__ = lazy_names(
         "layer_gradient_moments": ".gradient_statistics",
         "mixup": ".mixing",
         "restrict": ".batch",
+        "nt_xent": ".contrastive",
+        "info_nce": ".contrastive",
+        "gather_rows": ".gathering",
+        "cached_embeddings": ".gradient_cache",
+        "alignment": ".embedding_quality",
+        "uniformity": ".embedding_quality",
+        "effective_rank": ".embedding_quality",
+        "recall_at": ".embedding_quality",
     },
 )

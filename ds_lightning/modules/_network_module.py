@@ -8,11 +8,14 @@ from torch import nn
 
 from ds_lightning.checkpoint_check import check_loadable, does_not_fit
 from ds_lightning.errors import ConfigError
-from ds_lightning.networks.by_name import backbone
+from ds_lightning.networks.by_name import TEXT_NETWORKS, backbone
 
 
 class NetworkModule(LightningModule):
     """A LightningModule that asks the DataModule for what it was not told, and loads with one-line errors."""
+
+    in_channels: int | None
+    image_size: int | None
 
     @classmethod
     def load_from_checkpoint(  # noqa: D417
@@ -64,6 +67,33 @@ class NetworkModule(LightningModule):
             in_channels = in_channels or shape[0]
             image_size = image_size or (shape[1] if shape else None)
         return in_channels, image_size
+
+    def _network_by_name(
+        self, name: str, num_outputs: int, options: dict[str, Any]
+    ) -> tuple[nn.Module, dict[str, Any]]:
+        """Return a network, and its options with what the DataModule added: a text network's vocabulary.
+
+        Takes the images' channels and size from the DataModule where they are not given.
+        """
+        if name in TEXT_NETWORKS:
+            if "vocab_size" not in options:
+                options = {**options, "vocab_size": self._from_data("vocab_size")}
+            return named_network(name, num_outputs, 1, None, options), options
+        self.in_channels, self.image_size = self._image_shape(self.in_channels, self.image_size)
+        return named_network(name, num_outputs, self.in_channels, self.image_size, options), options
+
+
+def needs_no_data(network: str | nn.Module | None, options: dict[str, Any], in_channels: int | None) -> bool:
+    """Return whether a network is there, or can be built by name without asking the DataModule.
+
+    Args:
+        network: a name, a module, or None for a name that is not known yet.
+        options: the user's, for a network given by name.
+        in_channels: channels of the images, where they are given.
+    """
+    if isinstance(network, str):
+        return "vocab_size" in options if network in TEXT_NETWORKS else in_channels is not None
+    return network is not None
 
 
 def named_network(

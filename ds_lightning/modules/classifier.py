@@ -1,7 +1,8 @@
 """Supervised classification."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, Self
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -14,9 +15,13 @@ from torchmetrics.classification import MulticlassConfusionMatrix
 
 from ds_lightning.errors import ConfigError
 from ds_lightning.functional.batch import as_batch, input_of, labelled_batch, restrict
-from ds_lightning.modules._network_module import NetworkModule, named_network
+from ds_lightning.modules._heads import head_name
+from ds_lightning.modules._network_module import NetworkModule, needs_no_data
+from ds_lightning.modules._pretrained import Pretrained, freeze_all_but_head, load_encoder, read_pretrained
 from ds_lightning.modules.class_metrics import class_metrics, log_confusion
 from ds_lightning.modules.optimizers import make_optimizers
+
+_DEFAULT_NETWORK = "resnet8"
 
 
 class Classifier(NetworkModule):
@@ -44,9 +49,16 @@ class Classifier(NetworkModule):
         lr_scheduler: makes a scheduler from the optimizer, stepped every epoch; `cosine` anneals to zero over
             the whole training, stepped every step; None keeps the rate.
         label_smoothing: share of the target that is spread over all (allowed) classes, in [0, 1).
+        encoder: checkpoint of `ContrastivePretraining` whose encoder the training starts from, with a new head. Its
+            network and options take the place of the defaults, or have to be the given ones. A resume or
+            `load_from_checkpoint` does not need the file.
+        encoder_modality: which encoder, when the checkpoint has two, such as `image`.
+        freeze_encoder: whether the head alone, the last linear layer, is trained; the rest stays in eval mode.
 
     Raises:
-        ConfigError: when an argument is outside its range, or something is neither given nor in the data.
+        ConfigError: when an argument is outside its range, something is neither given nor in the data, or the encoder
+            does not fit the network.
+        DataError: when training starts and there is no such encoder.
 
     Example:
         >>> model = Classifier("resnet8", num_classes=10, in_channels=1)
@@ -56,7 +68,7 @@ class Classifier(NetworkModule):
 
     def __init__(
         self,
-        network: str | nn.Module = "resnet8",
+        network: str | nn.Module = _DEFAULT_NETWORK,
         num_classes: int | None = None,
         *,
         in_channels: int | None = None,
@@ -68,6 +80,9 @@ class Classifier(NetworkModule):
         ),
         lr_scheduler: Literal["cosine"] | LRSchedulerCallable | None = None,
         label_smoothing: float = 0.0,
+        encoder: str | None = None,
+        encoder_modality: str | None = None,
+        freeze_encoder: bool = False,
     ) -> None:
         super().__init__()
         if num_classes is not None and num_classes < 2:
@@ -85,8 +100,11 @@ class Classifier(NetworkModule):
         self._network_options = network_options or {}
         self._optimizer = optimizer
         self._lr_scheduler = lr_scheduler
+        self.freeze_encoder = freeze_encoder
+        self._encoder, self._encoder_modality = encoder, encoder_modality
+        self._encoder_is_due = encoder is not None
         self.network: nn.Module | None = network if isinstance(network, nn.Module) else None
-        if num_classes is not None and (self.network is not None or in_channels is not None):
+        if num_classes is not None and encoder is None and needs_no_data(network, self._network_options, in_channels):
             self.configure_model()
 
     # ---------------------------------------------------------------- the network
@@ -95,12 +113,24 @@ class Classifier(NetworkModule):
         """Build what is not built yet, with what the DataModule knows."""
         if self.num_classes is None:
             self.num_classes = self._from_data("num_classes")
+        pretrained = None
+        # Without the file a resume can still go on; a new training fails at its first batch.
+        if self._encoder_is_due and self._encoder is not None and Path(self._encoder).is_file():
+            pretrained = read_pretrained(self._encoder, self._encoder_modality)
         if self.network is None:
-            self.in_channels, self.image_size = self._image_shape(self.in_channels, self.image_size)
+            if pretrained is not None:
+                self._adopt(pretrained)
             assert self._network_name is not None
-            self.network = named_network(
-                self._network_name, self.num_classes, self.in_channels, self.image_size, self._network_options
+            self.network, self._network_options = self._network_by_name(
+                self._network_name, self.num_classes, self._network_options
             )
+            self.hparams["network"], self.hparams["network_options"] = self._network_name, self._network_options
+        if pretrained is not None:
+            load_encoder(self.network, pretrained, self.num_classes)
+            self._encoder_is_due = False
+        if self.freeze_encoder:
+            freeze_all_but_head(self.network, self.num_classes)
+            self.train(self.training)
         if not hasattr(self, "val_metrics"):
             self._build_metrics(self.num_classes)
         for name in ("num_classes", "in_channels", "image_size"):
@@ -115,11 +145,56 @@ class Classifier(NetworkModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map a batch of inputs to logits (B, num_classes)."""
-        if self.network is None:
+        if self.network is None or self._encoder_is_due:
             self.configure_model()
             assert self.network is not None
+        if self._encoder_is_due and self._encoder is not None:
+            # Says what is wrong with the file.
+            read_pretrained(self._encoder, self._encoder_modality)
         logits: Tensor = self.network(x)
         return logits
+
+    # ---------------------------------------------------------------- the pre-trained encoder
+
+    def _adopt(self, pretrained: Pretrained) -> None:
+        """Take the network's name and options from where its weights come from."""
+        if pretrained.network is None:
+            raise ConfigError(f"encoder {pretrained.path} was given as a module; give that network, with a head, too")
+        if self._network_name not in (_DEFAULT_NETWORK, pretrained.network):
+            raise ConfigError(
+                f"network is {self._network_name!r}, and encoder {pretrained.path} is a {pretrained.network!r}; "
+                "give the same, or no network"
+            )
+        self._network_name = pretrained.network
+        self._network_options = {**pretrained.options, **self._network_options}
+        if self._from_data("input_shape", required=False) is None:
+            self.in_channels = self.in_channels or pretrained.in_channels
+            self.image_size = self.image_size or pretrained.image_size
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Expect no encoder: all weights are in the checkpoint, and its network may not be the encoder's of today."""
+        if self._encoder is None:
+            return
+        self._encoder_is_due = False
+        saved = checkpoint.get("hyper_parameters", {})
+        if self._network_name is None or "network" not in saved:
+            return
+        if (saved["network"], saved["network_options"] or {}) != (self._network_name, self._network_options):
+            self._network_name, self._network_options = saved["network"], saved["network_options"] or {}
+            self.network = None
+            self.configure_model()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Leave the encoder's file out of what is needed to load."""
+        if "hyper_parameters" in checkpoint:
+            checkpoint["hyper_parameters"] = {**checkpoint["hyper_parameters"], "encoder": None}
+
+    def train(self, mode: bool = True) -> Self:
+        """Change the mode; what is frozen stays in eval mode, with its dropout and BatchNorm."""
+        super().train(mode)
+        if self.freeze_encoder and self.network is not None and self.num_classes is not None:
+            self.network.eval().get_submodule(head_name(self.network, self.num_classes)).train(mode)
+        return self
 
     # ---------------------------------------------------------------- the loss
 
@@ -215,6 +290,7 @@ class Classifier(NetworkModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Make the optimizer and the scheduler; a subclass may override it."""
+        trained = (parameter for parameter in self.parameters() if parameter.requires_grad or not self.freeze_encoder)
         return make_optimizers(
-            self.parameters(), self._optimizer, self._lr_scheduler, lambda: self.trainer.estimated_stepping_batches
+            trained, self._optimizer, self._lr_scheduler, lambda: self.trainer.estimated_stepping_batches
         )

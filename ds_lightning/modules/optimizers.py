@@ -1,7 +1,7 @@
 """What `configure_optimizers` returns, from what the command line can say."""
 
-from collections.abc import Callable, Iterator
-from typing import Literal
+from collections.abc import Callable, Iterable
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
@@ -12,7 +12,7 @@ from ds_lightning.errors import ConfigError
 
 
 def make_optimizers(
-    parameters: Iterator[nn.Parameter],
+    parameters: Iterable[nn.Parameter] | Iterable[dict[str, Any]],
     optimizer: OptimizerCallable,
     lr_scheduler: Literal["cosine"] | LRSchedulerCallable | None,
     total_steps: Callable[[], float],
@@ -20,7 +20,7 @@ def make_optimizers(
     """Make the optimizer and its scheduler.
 
     Args:
-        parameters: what is trained.
+        parameters: what is trained, or groups of it.
         optimizer: makes the optimizer from the parameters.
         lr_scheduler: makes a scheduler from the optimizer, stepped every epoch; `cosine` anneals to zero over all
             steps, stepped every step; None keeps the rate.

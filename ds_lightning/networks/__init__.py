@@ -11,14 +11,16 @@ if TYPE_CHECKING:
     from .few_shot_networks import mlp as mlp
     from .residual import ResNet as ResNet
     from .residual import resnet as resnet
+    from .text_encoder import TextEncoder as TextEncoder
 
-__all__ = ["Conv4", "ResNet", "backbone", "conv4", "mlp", "resnet"]
+__all__ = ["Conv4", "ResNet", "TextEncoder", "backbone", "conv4", "mlp", "resnet"]
 
 __getattr__, __dir__ = lazy_names(
     __name__,
     {
         "Conv4": ".few_shot_networks",
         "ResNet": ".residual",
+        "TextEncoder": ".text_encoder",
         "backbone": ".by_name",
         "conv4": ".few_shot_networks",
         "mlp": ".few_shot_networks",

@@ -8,8 +8,11 @@ from torch import nn
 from ds_lightning.errors import ConfigError
 from ds_lightning.networks.few_shot_networks import conv4
 from ds_lightning.networks.residual import DEPTHS, resnet
+from ds_lightning.networks.text_encoder import TextEncoder
 
 _OURS = {f"resnet{depth}": depth for depth in DEPTHS}
+#: Names of networks of token ids, which have no channels, and the options that the name stands for.
+TEXT_NETWORKS: dict[str, dict[str, Any]] = {"text": {}, "bag": {"depth": 0}}
 
 
 def backbone(
@@ -23,9 +26,10 @@ def backbone(
     """Build a network by name.
 
     Args:
-        name: one of ours (`resnet8` to `resnet110`, `conv4`), `torchvision/NAME` or `timm/NAME` (needs the extra
+        name: one of ours (`resnet8` to `resnet110`, `conv4`; for texts `text`, a Transformer, and `bag`, the mean
+            of the embeddings, both with the option `vocab_size`), `torchvision/NAME` or `timm/NAME` (needs the extra
             `timm`). A bare name that is not ours is looked up in torchvision, then in timm.
-        num_classes: outputs, at least 1.
+        num_classes: outputs, at least 1; 0 gives the features, except for torchvision's.
         in_channels: channels of the images; a torchvision network's first convolution is replaced to fit.
         image_size: height and width in pixels. Ours keep the resolution in the stem up to 64 pixels;
             vision transformers need it; convolutional networks of the others do not use it.
@@ -45,12 +49,16 @@ def backbone(
         return resnet(_OURS[name], in_channels=in_channels, num_classes=num_classes, **options)
     if name == "conv4":
         return conv4(num_classes, in_channels, image_size, **options)
+    if not library and name in TEXT_NETWORKS:
+        if "vocab_size" not in options:
+            raise ConfigError(f"network {name!r} needs the option vocab_size, the number of token ids")
+        return TextEncoder(num_classes=num_classes, **{**TEXT_NETWORKS[name], **options})
     if library in ("", "torchvision"):
         from torchvision.models import get_model_builder, list_models
 
         if rest in list_models():
             return _torchvision(get_model_builder(rest), num_classes, in_channels, image_size, options)
-        known = [*_OURS, "conv4", *list_models()]
+        known = [*_OURS, "conv4", *TEXT_NETWORKS, *list_models()]
     if library in ("", "timm"):
         try:
             import timm

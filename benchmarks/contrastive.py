@@ -1,0 +1,369 @@
+"""What labels are worth with and without contrastive pre-training: supervised, probed and fine-tuned at each share.
+
+The same network throughout. Supervised training (`supervised`) and fine-tuning (`finetune`) are tuned alike, at each
+share of the labels: optimizer, rate, weight decay and augmentation by the validation accuracy of the first seed, then
+every seed is trained with the best and tested once. The pre-training (`ContrastivePretraining`) sees all training
+samples and no label; `probe` is logistic regression on its frozen features, `knn` its neighbours' vote. Of texts,
+`tfidf` is the usual baseline: TF-IDF and logistic regression.
+
+`cifar10`, `sst2` and `20newsgroups` need `--data-dir` with cifar10_jpeg.npz, sst2_{train,dev,test}.txt or
+20newsgroups.npz; `fashion` the folder that torchvision reads. `mnist5k` is always there.
+
+Prints JSON: the test accuracies of all seeds, `of_full` (fine-tuned over supervised with all labels) and
+`above_supervised` (fine-tuned minus supervised with the same labels, paired by seed).
+Run: `OMP_NUM_THREADS=1 python benchmarks/contrastive.py mnist5k --seeds 1`, or on a GPU
+     `python benchmarks/contrastive.py cifar10 --data-dir DIR --device cuda --seeds 5 --jobs 5`.
+"""
+
+import argparse
+import itertools
+import json
+import logging
+import math
+import multiprocessing
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from contrastive_data import IMAGES, TEXTS, labelled, prepare, views
+
+from ds_lightning.callbacks import LinearProbe
+from ds_lightning.modules import Classifier, ContrastivePretraining
+
+# (optimizer, rate, weight decay, augmentation), the likely ones first: --grid takes only so many.
+AUGMENTS = ("crop_flip", "views")
+IMAGE_GRID = {
+    "supervised": [
+        *itertools.product(("sgd",), (0.1, 0.3, 0.03), (5e-4,), AUGMENTS),
+        *itertools.product(("adamw",), (3e-3, 1e-3), (0.05,), AUGMENTS),
+        *itertools.product(("sgd",), (0.1,), (5e-3,), AUGMENTS),
+    ],
+    "finetune": [
+        *itertools.product(("adamw",), (3e-3, 1e-3, 3e-4), (0.05,), AUGMENTS),
+        *itertools.product(("sgd",), (0.1, 0.3, 0.03), (5e-4,), AUGMENTS),
+    ],
+}
+TEXT_GRID = {
+    "supervised": list(itertools.product(("adamw",), (1e-3, 3e-3, 3e-4), (0.01, 0.3), ("none",))),
+    "finetune": list(itertools.product(("adamw",), (3e-4, 1e-3, 1e-4), (0.01, 0.3), ("none",))),
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training. `train_size` is the number of labels; None: all."""
+
+    name: str
+    cache: str
+    seed: int = 0
+    train_size: int | None = None
+    optimizer: str = "sgd"
+    lr: float = 0.1
+    weight_decay: float = 5e-4
+    augment: str = "none"
+    steps: int = 2000
+    batch_size: int = 256
+    network: str = "resnet8"
+    network_options: str = "{}"
+    encoder: str = ""
+    split: str = "val"
+    device: str = "cpu"
+
+
+@dataclass(frozen=True)
+class Pretraining:
+    """One pre-training without labels."""
+
+    name: str
+    cache: str
+    seed: int = 0
+    epochs: int = 100
+    batch_size: int = 512
+    lr: float = 1e-3
+    weight_decay: float = 1e-4
+    temperature: float = 0.2
+    view_options: str = "{}"
+    network: str = "resnet8"
+    network_options: str = "{}"
+    shares: tuple[float, ...] = (1.0,)
+    steps: int = -1
+    device: str = "cpu"
+
+
+class ChannelsLast(pl.Callback):
+    """Puts convolutions into the order in which a GPU's tensor cores are fastest."""
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        pl_module.to(memory_format=torch.channels_last)
+
+
+def trainer(device: str, *callbacks: pl.Callback, **options: Any) -> pl.Trainer:
+    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    if device == "cuda":
+        quiet |= {"precision": "bf16-mixed", "benchmark": True}
+        callbacks = (*callbacks, ChannelsLast())
+    return pl.Trainer(
+        accelerator=device, devices=1, num_sanity_val_steps=0, callbacks=list(callbacks), **{**quiet, **options}
+    )
+
+
+def start(seed: int) -> float:
+    warnings.simplefilter("ignore")
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    torch.set_num_threads(1)
+    torch.set_float32_matmul_precision("high")
+    pl.seed_everything(seed, verbose=False)
+    return time.perf_counter()
+
+
+def optimizer_of(run: Run) -> Any:
+    if run.optimizer == "adamw":
+        return lambda params: torch.optim.AdamW(params, lr=run.lr, weight_decay=run.weight_decay)
+    return lambda params: torch.optim.SGD(params, lr=run.lr, momentum=0.9, nesterov=True, weight_decay=run.weight_decay)
+
+
+def supervised(run: Run) -> dict[str, Any]:
+    """Train with labels, from scratch or from an encoder; return the accuracy on the run's split."""
+    begin = start(run.seed)
+    size = run.batch_size if run.train_size is None else min(run.batch_size, max(16, run.train_size // 8))
+    data = labelled(
+        run.name,
+        Path(run.cache),
+        batch_size=size,
+        seed=run.seed,
+        train_size=run.train_size,
+        augment=run.augment,
+        pin_memory=run.device == "cuda",
+    )
+    options: dict[str, Any] = {"network_options": json.loads(run.network_options)}
+    if run.encoder:
+        options["encoder"] = run.encoder
+    module = Classifier(run.network, optimizer=optimizer_of(run), lr_scheduler="cosine", **options)
+    fit = trainer(run.device, max_steps=run.steps, max_epochs=-1, limit_val_batches=0)
+    fit.fit(module, data)
+    data.batch_size = 1000
+    judge = trainer(run.device)
+    evaluate = judge.test if run.split == "test" else judge.validate
+    accuracy = evaluate(module, data, verbose=False)[0][f"{run.split}/accuracy"]
+    seconds = time.perf_counter() - begin
+    kind = "finetune" if run.encoder else "supervised"
+    size_said = run.train_size or "all"
+    print(
+        f"{run.name} {kind} {size_said} labels, seed {run.seed}, "
+        f"{run.optimizer} {run.lr:g} {run.weight_decay:g} {run.augment}: "
+        f"{run.split} {accuracy:.4f} ({seconds:.0f} s)",
+        file=sys.stderr,
+        flush=True,
+    )
+    return {"accuracy": accuracy, "seconds": seconds}
+
+
+def pretrain(run: Pretraining) -> dict[str, Any]:
+    """Pre-train, save, and probe on the test samples."""
+    begin = start(run.seed)
+    cache = Path(run.cache)
+    view_options = {**json.loads(run.view_options), "pin_memory": run.device == "cuda"}
+    data = views(run.name, cache, batch_size=run.batch_size, seed=run.seed, options=view_options)
+    module = ContrastivePretraining(
+        run.network,
+        encoder_options=json.loads(run.network_options),
+        temperature=run.temperature,
+        optimizer=lambda params: torch.optim.AdamW(params, lr=run.lr, weight_decay=run.weight_decay),
+        lr_scheduler="cosine",
+    )
+    fit = trainer(run.device, max_epochs=run.epochs, max_steps=run.steps, limit_val_batches=0)
+    fit.fit(module, data)
+    seconds = time.perf_counter() - begin
+    path = cache / f"{run.name}_seed{run.seed}.ckpt"
+    fit.save_checkpoint(path, weights_only=True)
+    data.batch_size = 1000
+    probe = LinearProbe(labels=run.shares, knn=20)
+    (found,) = trainer(run.device, probe, limit_val_batches=1).validate(module, data, verbose=False)
+    figures = {name.removeprefix("probe/"): value for name, value in found.items() if name.startswith("probe/")}
+    figures |= {"loss": float(fit.callback_metrics["train/loss"]), "effective_rank": found["val/effective_rank"]}
+    print(f"{run.name} pre-trained, seed {run.seed}: {figures} ({seconds:.0f} s)", file=sys.stderr, flush=True)
+    return {**figures, "seconds": seconds, "path": str(path)}
+
+
+def tfidf(run: Run) -> dict[str, Any]:
+    """Return the test accuracy of TF-IDF and logistic regression, the usual baseline for texts."""
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.linear_model import LogisticRegression
+
+    from ds_lightning.datamodules.text_reading import read_texts
+
+    begin = start(run.seed)
+    cache = Path(run.cache)
+    data = labelled(run.name, cache, batch_size=64, seed=run.seed, train_size=run.train_size)
+    (texts, labels), (test_texts, truth) = (read_texts(data.paths[split]) for split in ("train", "test"))
+    chosen = range(len(texts))
+    if run.train_size is not None:
+        generator = torch.Generator().manual_seed(run.seed)
+        chosen = torch.randperm(len(texts), generator=generator)[: run.train_size].tolist()
+    vectors = TfidfVectorizer(sublinear_tf=True).fit([texts[index] for index in chosen])
+    judge = LogisticRegression(C=10, max_iter=1000)
+    judge.fit(vectors.transform([texts[index] for index in chosen]), [labels[index] for index in chosen])
+    accuracy = judge.score(vectors.transform(test_texts), truth)
+    return {"accuracy": float(accuracy), "seconds": time.perf_counter() - begin}
+
+
+def spread(values: list[float]) -> dict[str, Any]:
+    error = round(statistics.stdev(values) / math.sqrt(len(values)), 4) if len(values) > 1 else None
+    return {
+        "mean": round(statistics.fmean(values), 4),
+        "standard_error": error,
+        "values": [round(value, 4) for value in values],
+    }
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:g}pct"
+
+
+def bench(options: argparse.Namespace, pool: ProcessPoolExecutor, cache: Path) -> dict[str, Any]:
+    common = {
+        "name": options.what,
+        "cache": str(cache),
+        "device": options.device,
+        "network": options.network,
+        "network_options": options.network_options,
+    }
+    before = Pretraining(
+        **common,
+        epochs=options.epochs,
+        steps=options.pretrain_steps,
+        batch_size=options.batch_size,
+        lr=options.pretrain_lr,
+        temperature=options.temperature,
+        view_options=options.view_options,
+        shares=tuple(options.shares),
+    )
+    seeds = list(range(options.seeds))
+    pretrained = [pool.submit(pretrain, replace(before, seed=seed)) for seed in seeds]
+    grids = TEXT_GRID if options.what in TEXTS else IMAGE_GRID
+    base = Run(**common, steps=options.steps)
+    data = labelled(options.what, cache, batch_size=64, seed=0)
+    data.prepare_data()
+    data.setup("fit")
+    total = data.dataset_info()["splits"]["train"]
+    sizes = {share: None if share == 1 else max(data.num_classes, round(share * total)) for share in options.shares}
+
+    def variants(kind: str, run: Run) -> list[Run]:
+        found = [
+            replace(run, optimizer=name, lr=lr, weight_decay=decay, augment=how) for name, lr, decay, how in grids[kind]
+        ]
+        return found[: options.grid] if options.grid else found
+
+    def tune(kind: str, encoder: str = "") -> dict[float, list[tuple[Run, Any]]]:
+        return {
+            share: [
+                (run, pool.submit(supervised, run))
+                for run in variants(kind, replace(base, train_size=size, encoder=encoder))
+            ]
+            for share, size in sizes.items()
+        }
+
+    def best(tried: list[tuple[Run, Any]]) -> Run:
+        return max(tried, key=lambda pair: pair[1].result()["accuracy"])[0]
+
+    tuned = {"supervised": tune("supervised")}
+    paths = [future.result()["path"] for future in pretrained]
+    tuned["finetune"] = tune("finetune", paths[0])
+    tests: dict[str, dict[float, list[Any]]] = {}
+    chosen: dict[str, dict[str, Any]] = {}
+    for kind, by_share in tuned.items():
+        tests[kind], chosen[kind] = {}, {}
+        for share, tried in by_share.items():
+            run = best(tried)
+            row = {name: getattr(run, name) for name in ("optimizer", "lr", "weight_decay", "augment")}
+            chosen[kind][percent(share)] = {**row, "validation": [round(f.result()["accuracy"], 4) for _, f in tried]}
+            tests[kind][share] = [
+                pool.submit(
+                    supervised,
+                    replace(run, seed=seed, split="test", encoder=paths[seed] if kind == "finetune" else ""),
+                )
+                for seed in seeds
+            ]
+    if options.what in TEXTS:
+        tests["tfidf"] = {
+            share: [pool.submit(tfidf, replace(base, train_size=size, seed=seed)) for seed in seeds]
+            for share, size in sizes.items()
+        }
+    values = {
+        kind: {share: [future.result()["accuracy"] for future in futures] for share, futures in by_share.items()}
+        for kind, by_share in tests.items()
+    }
+    probes = [future.result() for future in pretrained]
+    result: dict[str, Any] = {
+        "setting": {**asdict(before), "supervised_steps": options.steps, "cache": None},
+        "labels": {percent(share): size or total for share, size in sizes.items()},
+        "tuned": chosen,
+        **{
+            kind: {percent(share): spread(accuracies) for share, accuracies in by_share.items()}
+            for kind, by_share in values.items()
+        },
+        "probe": {percent(share): spread([row[f"accuracy_{percent(share)}"] for row in probes]) for share in sizes},
+        "knn": spread([row["knn"] for row in probes]),
+        "effective_rank": spread([row["effective_rank"] for row in probes]),
+        "pretraining_seconds": [round(row["seconds"]) for row in probes],
+    }
+    full = values["supervised"].get(1.0)
+    result["above_supervised"] = {
+        percent(share): spread([a - b for a, b in zip(values["finetune"][share], plain, strict=True)])
+        for share, plain in values["supervised"].items()
+    }
+    if full is not None:
+        result["of_full"] = {
+            name: {percent(share): round(statistics.fmean(found) / statistics.fmean(full), 4) for share, found in rows}
+            for name, rows in (
+                ("supervised", values["supervised"].items()),
+                ("finetune", values["finetune"].items()),
+                ("probe", ((share, result["probe"][percent(share)]["values"]) for share in sizes)),
+            )
+        }
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=(*IMAGES, *TEXTS))
+    parser.add_argument("--data-dir", default="data", help="folder of the files")
+    parser.add_argument("--shares", type=float, nargs="+", default=[0.01, 0.1, 1.0], help="of the labels")
+    parser.add_argument("--seeds", type=int, default=1, help="how many; the first one tunes")
+    parser.add_argument("--network", help="resnet8 for images, bag for texts when left out")
+    parser.add_argument("--network-options", default="{}", help='JSON, such as {"width": 32}')
+    parser.add_argument("--epochs", type=int, default=100, help="of the pre-training")
+    parser.add_argument("--pretrain-steps", type=int, default=-1, help="at most; -1: no limit")
+    parser.add_argument("--pretrain-lr", type=float, default=1e-3)
+    parser.add_argument("--batch-size", type=int, default=512, help="of the pre-training")
+    parser.add_argument("--temperature", type=float, default=0.2)
+    parser.add_argument("--view-options", default="{}", help='JSON over the defaults, such as {"color": 1.0}')
+    parser.add_argument("--steps", type=int, default=2000, help="of each supervised training and fine-tuning")
+    parser.add_argument("--grid", type=int, default=0, help="only so many settings of each grid; 0: all")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--jobs", type=int, default=1, help="processes")
+    options = parser.parse_args()
+    options.network = options.network or ("bag" if options.what in TEXTS else "resnet8")
+    begin = time.perf_counter()
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        ProcessPoolExecutor(options.jobs, mp_context=multiprocessing.get_context("spawn")) as pool,
+    ):
+        prepare(options.what, options.data_dir, Path(folder))
+        result = bench(options, pool, Path(folder))
+    environment = {"torch": torch.__version__, "device": options.device, "jobs": options.jobs}
+    if options.device == "cuda":
+        environment["device"] = torch.cuda.get_device_name()
+    print(json.dumps({**environment, "seconds": round(time.perf_counter() - begin), **result}, indent=2))
+
+
+if __name__ == "__main__":
+    main()
