@@ -93,8 +93,8 @@ class EmbeddingMap(pl.Callback):
         if trainer.state.fn == TrainerFn.VALIDATING:
             self._draw(trainer, pl_module)
 
-    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Draw."""
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Draw, while the module is still on its device."""
         self._draw(trainer, pl_module)
 
     def _draw(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:

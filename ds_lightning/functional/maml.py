@@ -1,7 +1,7 @@
 """MAML: adapt a network to a task by gradient steps that can be differentiated themselves."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal, TypeVar, cast
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,14 +18,7 @@ from ds_lightning.functional._maml_checks import (
     check_rates,
 )
 from ds_lightning.functional._maml_steps import Loss, Parameters, Steps
-
-_Function = TypeVar("_Function", bound=Callable[..., Any])
-
-
-def _never_compiled(function: _Function) -> _Function:
-    # Compiled by torch 2.14, order 2 gave the gradients of order 1, without a word.
-    return cast(_Function, torch.compiler.disable(function))  # type: ignore[no-untyped-call]
-
+from ds_lightning.functional._never_compiled import never_compiled
 
 def default_loss(outputs: Tensor, y: Tensor) -> Tensor:
     """Return cross-entropy for class indices, mean squared error for real targets of the outputs' shape.
@@ -44,7 +37,8 @@ def default_loss(outputs: Tensor, y: Tensor) -> Tensor:
     return F.mse_loss(outputs, y)
 
 
-@_never_compiled
+# Compiled by torch 2.14, order 2 gave the gradients of order 1, without a word.
+@never_compiled
 def inner_adapt(
     network: nn.Module,
     support: tuple[Tensor, Tensor],
@@ -113,7 +107,7 @@ def inner_adapt(
     return now if grad else {name: value.detach() for name, value in now.items()}
 
 
-@_never_compiled
+@never_compiled
 def adapted_outputs(
     network: nn.Module,
     support: tuple[Tensor, Tensor],

@@ -270,8 +270,9 @@ class Classifier(NetworkModule):
         if self.trainer.state.fn == TrainerFn.VALIDATING:
             self._log_confusion("val")
 
-    def on_fit_end(self) -> None:
+    def on_train_end(self) -> None:
         """Hand the last validation's confusion matrix to the loggers."""
+        # In on_fit_end the module is on the CPU already, where NCCL can't add up what the processes counted.
         self._log_confusion("val")
 
     def on_test_epoch_start(self) -> None:

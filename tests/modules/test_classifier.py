@@ -203,6 +203,23 @@ def test_the_confusion_matrix_of_the_last_epoch_reaches_the_logger(tmp_path: Any
         assert names == ["a", "b", "c"]
 
 
+def test_the_confusion_matrix_is_added_up_before_the_module_leaves_its_device(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logger, model = Pictures(tmp_path), small()
+    run = trainer(tmp_path, max_epochs=1, logger=logger)
+    known: list[list[str]] = []
+    teardown = run.strategy.teardown
+
+    def spied() -> None:
+        known.append(list(logger.matrices))
+        teardown()
+
+    monkeypatch.setattr(run.strategy, "teardown", spied)
+    run.fit(model, datamodule=Data())
+    assert known == [["val"]]
+
+
 @pytest.mark.parametrize(
     ("kwargs", "text"),
     [
