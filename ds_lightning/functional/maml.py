@@ -20,6 +20,7 @@ from ds_lightning.functional._maml_checks import (
 from ds_lightning.functional._maml_steps import Loss, Parameters, Steps
 from ds_lightning.functional._never_compiled import never_compiled
 
+
 def default_loss(outputs: Tensor, y: Tensor) -> Tensor:
     """Return cross-entropy for class indices, mean squared error for real targets of the outputs' shape.
 
