@@ -12,7 +12,7 @@ from torch.utils.data.distributed import DistributedSampler
 from ds_lightning.errors import ConfigError
 from ds_lightning.functional.seeds import derived_seed
 
-from .image_data import as_it_is
+from .loaders import batch_loader
 from .streams import next_epoch
 
 EpisodeBatch = dict[str, Any]
@@ -122,14 +122,6 @@ def episode_loader(
     pin_memory: bool = False,
 ) -> DataLoader[Any]:
     """Return a loader of batches of episodes; without a sampler of all of them, in order."""
-    return DataLoader(
-        episodes,  # type: ignore[arg-type]  # the fetcher wants __getitems__ and __len__
-        batch_size=tasks_per_batch,
-        sampler=sampler,
-        num_workers=num_workers,
-        collate_fn=as_it_is,
-        pin_memory=pin_memory,
-        persistent_workers=num_workers > 0,
-        # Or the loader would take a number from the global generator, and dropout would depend on it.
-        generator=torch.Generator().manual_seed(derived_seed(seed, "loader")),
+    return batch_loader(
+        episodes, tasks_per_batch, seed=seed, sampler=sampler, num_workers=num_workers, pin_memory=pin_memory
     )

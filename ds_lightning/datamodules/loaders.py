@@ -5,7 +5,7 @@ from typing import Any
 import lightning.pytorch as L
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Sampler
 
 from ds_lightning.functional.seeds import derived_seed
 
@@ -34,7 +34,7 @@ def batch_loader(
     batch_size: int,
     *,
     seed: int,
-    sampler: EpochSampler | None = None,
+    sampler: Sampler[Any] | None = None,
     num_workers: int = 0,
     drop_last: bool = False,
     pin_memory: bool = False,
