@@ -19,12 +19,15 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 # Imported so that their short names (`--model Classifier`) resolve.
 import ds_lightning.callbacks.continual_metrics
+import ds_lightning.callbacks.durable_checkpoint
 import ds_lightning.callbacks.embedding_map
 import ds_lightning.callbacks.episode_pictures
 import ds_lightning.callbacks.ewc
+import ds_lightning.callbacks.exact_resume
 import ds_lightning.callbacks.finite
 import ds_lightning.callbacks.layer_lr
 import ds_lightning.callbacks.linear_probe
+import ds_lightning.callbacks.preemption
 import ds_lightning.datamodules.contrastive_views
 import ds_lightning.datamodules.episodes
 import ds_lightning.datamodules.image_folder
@@ -35,6 +38,7 @@ import ds_lightning.datamodules.tasks
 import ds_lightning.datamodules.text_files
 import ds_lightning.datamodules.torchvision_sets
 import ds_lightning.modules.classifier
+import ds_lightning.modules.contrastive
 import ds_lightning.modules.meta_learning
 import ds_lightning.modules.prototypical
 import ds_lightning.modules.transfer

@@ -1,3 +1,5 @@
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -151,3 +153,18 @@ def test_a_scheduler_survives_resolving(scheduler: Any) -> None:
     else:
         assert resolved == scheduler
     assert isinstance(build(config).model, Classifier)
+
+
+def test_every_public_name_resolves_on_the_command_line() -> None:
+    # In a process of its own: here the other tests have imported all of them.
+    code = (
+        "import sys, ds_lightning.training; loaded = set(sys.modules); "
+        "import ds_lightning.callbacks as c, ds_lightning.datamodules as d, ds_lightning.modules as m; "
+        "import lightning.pytorch as L; "
+        "kinds = ((c, L.Callback), (d, L.LightningDataModule), (m, L.LightningModule)); "
+        "found = [getattr(room, name) for room, _ in kinds for name in room.__all__]; "
+        "print(*[x.__name__ for x in found if isinstance(x, type) and issubclass(x, tuple(k for _, k in kinds)) "
+        "and x.__module__ not in loaded])"
+    )
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert answer.stdout.split() == []
