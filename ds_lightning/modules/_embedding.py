@@ -28,13 +28,14 @@ def class_indices(method: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     return batch["label"]
 
 
-def embedding_size(network: nn.Module, given: int | None, name: str) -> int:
+def embedding_size(network: nn.Module, given: int | None, name: str, argument: str = "embedding") -> int:
     """Return the features of an embedding network.
 
     Args:
         network: maps inputs to embeddings (B, D).
-        given: the user's `embedding`, or None.
+        given: the user's number, or None.
         name: of the network, for the message.
+        argument: what the user calls that number.
 
     Raises:
         ConfigError: when it is neither given nor an attribute of the network.
@@ -42,7 +43,7 @@ def embedding_size(network: nn.Module, given: int | None, name: str) -> int:
     # timm's networks with a hidden layer in the head give that one's outputs.
     size = given or getattr(network, "head_hidden_size", None) or getattr(network, "num_features", None)
     if not isinstance(size, int):
-        raise ConfigError(f"{name} does not say how many features it has; give the number as embedding")
+        raise ConfigError(f"{name} does not say how many features it has; give the number as {argument}")
     return size
 
 

@@ -47,20 +47,6 @@ class Tower(nn.Module):
         return embedding
 
 
-def features_of(encoder: nn.Module, given: int | None) -> int:
-    """Return how many features an encoder gives that came as a module.
-
-    Raises:
-        ConfigError: when it is neither given nor the encoder's `num_features`.
-    """
-    size = given or getattr(encoder, "num_features", None)
-    if not isinstance(size, int):
-        raise ConfigError(
-            f"{type(encoder).__name__} does not say how many features it has; give the number as num_features"
-        )
-    return size
-
-
 def without_batch_norm(name: str, options: dict[str, Any]) -> dict[str, Any]:
     """Return a network's options with GroupNorm for our ResNets, unless they say which norm.
 

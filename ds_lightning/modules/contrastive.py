@@ -14,11 +14,12 @@ from ds_lightning.functional.gathering import gather_rows
 from ds_lightning.modules._collapse import CollapseWatch
 from ds_lightning.modules._contrastive_batch import VIEWS, sample_ids, single_input, two_sides
 from ds_lightning.modules._contrastive_checks import check_method
+from ds_lightning.modules._embedding import embedding_size
 from ds_lightning.modules._heads import without_head
 from ds_lightning.modules._key_queue import KeyQueue
 from ds_lightning.modules._network_module import NetworkModule, needs_no_data
 from ds_lightning.modules._temperature import Temperature
-from ds_lightning.modules._tower import Tower, Towers, features_of, follow, without_batch_norm
+from ds_lightning.modules._tower import Tower, Towers, follow, without_batch_norm
 from ds_lightning.modules.optimizers import make_optimizers
 from ds_lightning.modules.retrieval_metrics import RetrievalRecall
 
@@ -148,7 +149,8 @@ class ContrastivePretraining(NetworkModule):
 
     def _tower(self, modality: str, encoder: str | nn.Module) -> Tower:
         if isinstance(encoder, nn.Module):
-            return Tower(encoder, features_of(encoder, self.num_features), self.projector)
+            size = embedding_size(encoder, self.num_features, type(encoder).__name__, "num_features")
+            return Tower(encoder, size, self.projector)
         # With one output, so that there is a head to take off whoever made the network.
         options = without_batch_norm(encoder, self._options.get(modality, {}))
         network, options = self._network_by_name(encoder, 1, options)
