@@ -13,7 +13,6 @@ import functools
 import json
 import logging
 import math
-import multiprocessing
 import statistics
 import sys
 import time
@@ -28,6 +27,7 @@ import torch
 from continual_data import CIFARFile
 from continual_pictures import write_pictures
 from continual_rivals import BatchFisherEWC, FisherBatches, Joint, ResetOptimizer
+from gpu_processes import training_processes
 from torch import nn
 
 from ds_lightning.callbacks import ContinualMetrics
@@ -278,7 +278,7 @@ def main() -> None:
         parser.error(f"the stream shifts needs --data-dir with cifar10_jpeg.npz; it is not in {options.data_dir!r}")
     pool = None
     if options.jobs > 1:
-        pool = ProcessPoolExecutor(options.jobs, mp_context=multiprocessing.get_context("spawn"))
+        pool = training_processes(options.jobs, options.device)
     result: dict[str, Any] = {"torch": torch.__version__, "device": options.device, "seeds": options.seeds}
     for name in options.streams:
         base = Run(

@@ -20,7 +20,6 @@ import itertools
 import json
 import logging
 import math
-import multiprocessing
 import statistics
 import sys
 import tempfile
@@ -34,6 +33,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from contrastive_data import IMAGES, TEXTS, labelled, prepare, views
+from gpu_processes import training_processes
 
 from ds_lightning.callbacks import LinearProbe
 from ds_lightning.modules import Classifier, ContrastivePretraining
@@ -349,13 +349,13 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2000, help="of each supervised training and fine-tuning")
     parser.add_argument("--grid", type=int, default=0, help="only so many settings of each grid; 0: all")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--jobs", type=int, default=1, help="processes")
+    parser.add_argument("--jobs", type=int, default=1, help="processes, in turn on the GPUs that are there")
     options = parser.parse_args()
     options.network = options.network or ("bag" if options.what in TEXTS else "resnet8")
     begin = time.perf_counter()
     with (
         tempfile.TemporaryDirectory() as folder,
-        ProcessPoolExecutor(options.jobs, mp_context=multiprocessing.get_context("spawn")) as pool,
+        training_processes(options.jobs, options.device) as pool,
     ):
         prepare(options.what, options.data_dir, Path(folder))
         result = bench(options, pool, Path(folder))

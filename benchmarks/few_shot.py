@@ -15,7 +15,6 @@ import functools
 import json
 import logging
 import math
-import multiprocessing
 import statistics
 import sys
 import time
@@ -27,6 +26,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from few_shot_data import EmojiSet, OmniglotSmall
+from gpu_processes import training_processes
 
 from ds_lightning.datamodules import Episodes, Sinusoids
 from ds_lightning.modules import MAML, FewShotModule, PrototypicalNetwork, TransferLearning
@@ -34,6 +34,7 @@ from ds_lightning.networks import mlp
 
 SETS = {"omniglot": OmniglotSmall, "emoji": EmojiSet}
 TRAIN_WAYS = 20
+EVAL_TASKS = 20
 METHODS = ("maml", "maml_first_order", "anil", "meta_sgd", "prototypes", "transfer")
 # Of the new task, for transfer learning; steps are read from the accuracy after each of them.
 TRANSFER: tuple[dict[str, Any], ...] = (
@@ -97,7 +98,7 @@ def episodes(setting: Setting, **change: Any) -> Episodes:
         "queries": setting.queries,
         "tasks_per_batch": setting.tasks_per_batch,
         "episodes_per_epoch": setting.steps * setting.tasks_per_batch // 10,
-        "val_episodes": 100,
+        "val_episodes": 60,
         "test_episodes": setting.test_episodes,
         "groups": source.groups(),
         "rotations": setting.name == "omniglot",
@@ -123,13 +124,16 @@ def run(setting: Setting, tests: list[tuple[int, int]]) -> dict[str, Any]:
         "training_accuracy": round(float(training.callback_metrics["train/accuracy"]), 4),
     }
     for ways, shots in tests:
-        data = episodes(setting, eval_ways=ways, eval_shots=shots, eval_queries=setting.queries)
+        evaluated = {"eval_ways": ways, "eval_shots": shots, "eval_queries": setting.queries}
+        data = episodes(setting, tasks_per_batch=EVAL_TASKS, **evaluated)
         tested, options = module, {}
         if isinstance(module, TransferLearning):
             tested, options = tuned(module, data, setting.device)
+        validated = trainer(setting.device).validate(tested, data, verbose=False)[0]
         # After all steps; for transfer learning after the best ones of the validation.
         found = trainer(setting.device).test(tested, data, verbose=False)[0]
         result[f"{ways}-way {shots}-shot"] = {
+            "validation": validated["val/accuracy"],
             "accuracy": found["test/accuracy"],
             "interval": found["test/accuracy_interval"],
             "episodes": int(found["test/episodes"]),
@@ -197,9 +201,9 @@ def main() -> None:
     parser.add_argument("--norm", choices=("group", "batch"), default="group", help="the papers have batch")
     parser.add_argument("--train-tasks", type=int, help="a pool of so few training episodes; left out: new ones always")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--jobs", type=int, default=1, help="processes")
+    parser.add_argument("--jobs", type=int, default=1, help="processes, in turn on the GPUs that are there")
     options = parser.parse_args()
-    with ProcessPoolExecutor(options.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+    with training_processes(options.jobs, options.device) as pool:
         result: dict[str, Any] = {"torch": torch.__version__, "device": options.device, "seeds": options.seeds}
         if options.what == "sinusoid":
             for shots in options.shots:
