@@ -47,7 +47,11 @@ IMAGE_GRID = {
         *itertools.product(("sgd",), (0.1,), (5e-3,), AUGMENTS),
     ],
     "finetune": [
-        *itertools.product(("adamw",), (3e-3, 1e-3, 3e-4), (0.05,), AUGMENTS),
+        ("adamw", 3e-3, 0.05, "crop_flip"),
+        ("adamw", 1e-3, 0.05, "views"),
+        ("adamw", 1e-3, 0.05, "crop_flip"),
+        ("adamw", 3e-3, 0.05, "views"),
+        *itertools.product(("adamw",), (3e-4,), (0.05,), AUGMENTS),
         *itertools.product(("sgd",), (0.1, 0.3, 0.03), (5e-4,), AUGMENTS),
     ],
 }
@@ -274,9 +278,10 @@ def bench(options: argparse.Namespace, pool: ProcessPoolExecutor, cache: Path) -
     def best(tried: list[tuple[Run, Any]]) -> Run:
         return max(tried, key=lambda pair: pair[1].result()["accuracy"])[0]
 
-    tuned = {"supervised": tune("supervised")}
+    tuned = {"supervised": tune("supervised")} if "supervised" in options.methods else {}
     paths = [future.result()["path"] for future in pretrained]
-    tuned["finetune"] = tune("finetune", paths[0])
+    if "finetune" in options.methods:
+        tuned["finetune"] = tune("finetune", paths[0])
     tests: dict[str, dict[float, list[Any]]] = {}
     chosen: dict[str, dict[str, Any]] = {}
     for kind, by_share in tuned.items():
@@ -315,6 +320,8 @@ def bench(options: argparse.Namespace, pool: ProcessPoolExecutor, cache: Path) -
         "effective_rank": spread([row["effective_rank"] for row in probes]),
         "pretraining_seconds": [round(row["seconds"]) for row in probes],
     }
+    if not {"supervised", "finetune"} <= values.keys():
+        return result
     full = values["supervised"].get(1.0)
     result["above_supervised"] = {
         percent(share): spread([a - b for a, b in zip(values["finetune"][share], plain, strict=True)])
@@ -348,6 +355,7 @@ def main() -> None:
     parser.add_argument("--view-options", default="{}", help='JSON over the defaults, such as {"color": 1.0}')
     parser.add_argument("--steps", type=int, default=2000, help="of each supervised training and fine-tuning")
     parser.add_argument("--grid", type=int, default=0, help="only so many settings of each grid; 0: all")
+    parser.add_argument("--methods", nargs="+", choices=("supervised", "finetune"), default=["supervised", "finetune"])
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--jobs", type=int, default=1, help="processes, in turn on the GPUs that are there")
     options = parser.parse_args()
