@@ -28,6 +28,7 @@ import ds_lightning.callbacks.finite
 import ds_lightning.callbacks.layer_lr
 import ds_lightning.callbacks.linear_probe
 import ds_lightning.callbacks.preemption
+import ds_lightning.callbacks.pruning
 import ds_lightning.datamodules.contrastive_views
 import ds_lightning.datamodules.episodes
 import ds_lightning.datamodules.image_folder

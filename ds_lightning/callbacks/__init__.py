@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from .layer_lr import DynamicLayerLR as DynamicLayerLR
     from .linear_probe import LinearProbe as LinearProbe
     from .preemption import Preemption as Preemption
+    from .pruned_checkpoints import load_pruned as load_pruned
+    from .pruning import ProgressivePruning as ProgressivePruning
 
 __all__ = [
     "ContinualMetrics",
@@ -27,6 +29,8 @@ __all__ = [
     "FiniteGuard",
     "LinearProbe",
     "Preemption",
+    "ProgressivePruning",
+    "load_pruned",
 ]
 
 __getattr__, __dir__ = lazy_names(
@@ -42,5 +46,7 @@ __getattr__, __dir__ = lazy_names(
         "FiniteGuard": ".finite",
         "LinearProbe": ".linear_probe",
         "Preemption": ".preemption",
+        "ProgressivePruning": ".pruning",
+        "load_pruned": ".pruned_checkpoints",
     },
 )

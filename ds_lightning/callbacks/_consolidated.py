@@ -14,6 +14,7 @@ from ds_lightning.functional.consolidation import (
     quadratic_penalty,
     weighted_mean,
 )
+from ds_lightning.networks.pruning_plan import PruningPlan
 
 from ._layers import plain_names
 
@@ -160,6 +161,12 @@ class Consolidated:
         values = [parameters[name] for name in names]
         importance = [self.importance[name] for name in names]
         return float(quadratic_penalty(values, importance, [self.anchor[name] for name in names], self.constant))
+
+    def remove_channels(self, plan: PruningPlan) -> None:
+        """Keep what the plan keeps of each tensor; the rest that merging left is a number and stays."""
+        for group in _GROUPS:
+            setattr(self, group, {name: plan.slice(name, tensor) for name, tensor in getattr(self, group).items()})
+        self._bound.clear()
 
     def state_dict(self) -> dict[str, Any]:
         """Return tensors and a count."""

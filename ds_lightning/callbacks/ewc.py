@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from ds_lightning.errors import ConfigError, NoEffectWarning
 from ds_lightning.functional.consolidation import normalised
+from ds_lightning.networks.pruning_plan import PruningPlan
 
 from ._consolidated import Consolidated, Names
 from ._ewc_checks import check_arguments, check_first_batch, check_fit, new_classes_only
@@ -182,6 +183,10 @@ class ElasticWeightConsolidation(pl.Callback):
         scale = scaler.get_scale() if scaler is not None and fused else 1.0
         self._memory.pull(optimizer, self._names, self.strength, scale)
         self._pulled = True
+
+    def on_channels_removed(self, trainer: pl.Trainer, pl_module: pl.LightningModule, plan: PruningPlan) -> None:
+        """Forget the importance, anchor and start of channels that ProgressivePruning removed."""
+        self._memory.remove_channels(plan)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -9,6 +9,7 @@ from torch import nn
 from ds_lightning.checkpoint_check import check_loadable, does_not_fit
 from ds_lightning.errors import ConfigError
 from ds_lightning.networks.by_name import TEXT_NETWORKS, backbone
+from ds_lightning.networks.pruning_plan import apply_plan, plan_in, save_plan
 
 
 class NetworkModule(LightningModule):
@@ -39,6 +40,15 @@ class NetworkModule(LightningModule):
             if found is None:
                 raise
             raise found from error
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Lose the channels that the checkpoint's network has lost, before its weights are loaded."""
+        if (plan := plan_in(checkpoint)) is not None:
+            apply_plan(self, plan)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Put in which channels the network has lost."""
+        save_plan(checkpoint, self)
 
     @staticmethod
     def _check(in_channels: int | None, image_size: int | None, lr_scheduler: Any) -> None:

@@ -173,10 +173,12 @@ class Classifier(NetworkModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Expect no encoder: all weights are in the checkpoint, and its network may not be the encoder's of today."""
-        if self._encoder is None:
-            return
-        self._encoder_is_due = False
-        saved = checkpoint.get("hyper_parameters", {})
+        if self._encoder is not None:
+            self._encoder_is_due = False
+            self._take_network_of(checkpoint.get("hyper_parameters", {}))
+        super().on_load_checkpoint(checkpoint)
+
+    def _take_network_of(self, saved: dict[str, Any]) -> None:
         if self._network_name is None or "network" not in saved:
             return
         if (saved["network"], saved["network_options"] or {}) != (self._network_name, self._network_options):
@@ -186,6 +188,7 @@ class Classifier(NetworkModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leave the encoder's file out of what is needed to load."""
+        super().on_save_checkpoint(checkpoint)
         if "hyper_parameters" in checkpoint:
             checkpoint["hyper_parameters"] = {**checkpoint["hyper_parameters"], "encoder": None}
 
