@@ -27,7 +27,7 @@ def test_the_code_of_the_page_runs(tmp_path, monkeypatch):
         exec(code, names)
     images = names["images"]
     whole = count_macs(names["Mine"]().net, images)
-    # Two large removals of random weights go a little further than was asked for.
+    # The last removal may overshoot by a chunk of eight channels, which is coarse in so small a network.
     for network in (names["module"].net, names["again"].net, names["network"]):
         assert count_macs(network, images) / whole == pytest.approx(0.49, abs=0.02)
     assert names["macs"] == count_macs(names["network"], images)
