@@ -136,7 +136,7 @@ def train(run: Run) -> dict[str, Any]:
     }
     print(
         f"{run.name} {run.method} {run.target:g}, seed {run.seed}, rate {run.lr:g}, {run.steps} steps: "
-        f"val {result['val']:.4f}, MACs {result['macs_share']:.3f} ({seconds:.0f} s)",
+        f"val {result['val']:.4f}, test {result['test']:.4f}, MACs {result['macs_share']:.3f} ({seconds:.0f} s)",
         file=sys.stderr,
         flush=True,
     )
