@@ -33,6 +33,7 @@ import ds_lightning.datamodules.contrastive_views
 import ds_lightning.datamodules.episodes
 import ds_lightning.datamodules.image_folder
 import ds_lightning.datamodules.mnist5k
+import ds_lightning.datamodules.multimodal
 import ds_lightning.datamodules.pairs
 import ds_lightning.datamodules.sinusoids
 import ds_lightning.datamodules.tasks
@@ -40,6 +41,7 @@ import ds_lightning.datamodules.text_files
 import ds_lightning.datamodules.torchvision_sets
 import ds_lightning.modules.classifier
 import ds_lightning.modules.contrastive
+import ds_lightning.modules.fusion
 import ds_lightning.modules.meta_learning
 import ds_lightning.modules.prototypical
 import ds_lightning.modules.transfer

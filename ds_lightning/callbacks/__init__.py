@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from ds_lightning._lazy import lazy_names
 
 if TYPE_CHECKING:
+    from .attention_maps import AttentionMaps as AttentionMaps
     from .continual_metrics import ContinualMetrics as ContinualMetrics
     from .durable_checkpoint import DurableCheckpoint as DurableCheckpoint
     from .embedding_map import EmbeddingMap as EmbeddingMap
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from .pruning import ProgressivePruning as ProgressivePruning
 
 __all__ = [
+    "AttentionMaps",
     "ContinualMetrics",
     "DurableCheckpoint",
     "DynamicLayerLR",
@@ -36,6 +38,7 @@ __all__ = [
 __getattr__, __dir__ = lazy_names(
     __name__,
     {
+        "AttentionMaps": ".attention_maps",
         "ContinualMetrics": ".continual_metrics",
         "ExactResume": ".exact_resume",
         "DurableCheckpoint": ".durable_checkpoint",

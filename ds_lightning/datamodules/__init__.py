@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from .in_memory import InMemoryImageData as InMemoryImageData
     from .mixer import BatchMixer as BatchMixer
     from .mnist5k import MNIST5k as MNIST5k
+    from .multimodal import MultimodalManifest as MultimodalManifest
     from .pairs import Pairs as Pairs
     from .sinusoids import Sinusoids as Sinusoids
     from .tasks import TaskStream as TaskStream
@@ -29,6 +30,7 @@ __all__ = [
     "ImageFolder",
     "InMemoryImageData",
     "MNIST5k",
+    "MultimodalManifest",
     "Pairs",
     "Sinusoids",
     "TaskStream",
@@ -47,6 +49,7 @@ __getattr__, __dir__ = lazy_names(
         "ImageFolder": ".image_folder",
         "InMemoryImageData": ".in_memory",
         "MNIST5k": ".mnist5k",
+        "MultimodalManifest": ".multimodal",
         "Pairs": ".pairs",
         "Sinusoids": ".sinusoids",
         "TaskStream": ".tasks",

@@ -31,7 +31,7 @@ def training_order(data: Any, trainer: L.Trainer | None, seed: int, epoch_cell: 
 
 def batch_loader(
     data: Any,
-    batch_size: int,
+    batch_size: int | None,
     *,
     seed: int,
     sampler: Sampler[Any] | None = None,

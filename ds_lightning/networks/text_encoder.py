@@ -4,35 +4,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ds_lightning.networks._transformer_block import TransformerBlock
+
 PADDING = 0
 _POOLS = ("mean", "max")
-
-
-class _Block(nn.Module):
-    """Self-attention and a perceptron, each after a LayerNorm and added to what came in."""
-
-    def __init__(self, width: int, heads: int, dropout: float) -> None:
-        super().__init__()
-        self.heads = heads
-        self.attention_norm = nn.LayerNorm(width)
-        self.queries_keys_values = nn.Linear(width, 3 * width)
-        self.projection = nn.Linear(width, width)
-        self.mlp_norm = nn.LayerNorm(width)
-        self.mlp = nn.Sequential(
-            nn.Linear(width, 4 * width), nn.GELU(), nn.Dropout(dropout), nn.Linear(4 * width, width)
-        )
-        self.dropout = nn.Dropout(dropout)
-
-    def forward(self, x: Tensor, attended: Tensor) -> Tensor:
-        batch, length, width = x.shape
-        packed = self.queries_keys_values(self.attention_norm(x))
-        # (3, B, heads, L, width / heads)
-        query, key, value = packed.view(batch, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        probability = self.dropout.p if self.training else 0.0
-        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=attended, dropout_p=probability)
-        x = x + self.dropout(self.projection(mixed.transpose(1, 2).reshape(batch, length, width)))
-        out: Tensor = x + self.dropout(self.mlp(self.mlp_norm(x)))
-        return out
 
 
 class _TextFeatures(nn.Module):
@@ -60,7 +35,7 @@ class _TextFeatures(nn.Module):
             nn.init.normal_(self.positions.weight, std=width**-0.5)
         self.embedding_dropout = embedding_dropout
         self.dropout = nn.Dropout(dropout)
-        self.blocks = nn.ModuleList(_Block(width, heads, dropout) for _ in range(depth))
+        self.blocks = nn.ModuleList(TransformerBlock(width, heads, dropout) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
         self.bag: nn.Module = nn.Identity()
         if not depth:
@@ -69,6 +44,13 @@ class _TextFeatures(nn.Module):
             )
 
     def forward(self, x: Tensor) -> Tensor:
+        hidden, real = self.tokens(x)
+        pooled = self._pooled(hidden, real[..., None])
+        out: Tensor = pooled if self.blocks else self.bag(self.norm(pooled))
+        return out
+
+    def tokens(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Map token ids (B, L) to what is pooled, (B, L, width), and where it is real, (B, L) bool."""
         if x.dim() != 2 or x.is_floating_point():
             raise ValueError(f"text has the shape {tuple(x.shape)} and type {x.dtype}; expected token ids (B, L) int64")
         length = x.shape[1]
@@ -86,12 +68,10 @@ class _TextFeatures(nn.Module):
         attended = real.clone()
         attended[:, 0] = True
         for block in self.blocks:
-            hidden = block(hidden, attended[:, None, None, :])
+            hidden = block(hidden, attended)
         if self.blocks:
             hidden = self.norm(hidden)
-        pooled = self._pooled(hidden, real[..., None])
-        out: Tensor = pooled if self.blocks else self.bag(self.norm(pooled))
-        return out
+        return hidden, real
 
     def _pooled(self, hidden: Tensor, real: Tensor) -> Tensor:
         if self.pool == "mean":
