@@ -12,6 +12,7 @@ _DEEPEST = 60
 _KEYS = {
     "configuration file": "`model:`, `data:` and `trainer:`",
     "sweep file": "`base:`, `space:` and `objective:`",
+    "schema file": "`columns:` and `label:`",
 }
 
 
@@ -20,7 +21,7 @@ def check_yaml(path: str | Path, kind: str = "configuration file") -> None:
 
     Args:
         path: the file.
-        kind: what it is called in a message: `configuration file` or `sweep file`.
+        kind: what it is called in a message: `configuration file`, `sweep file` or `schema file`.
 
     Raises:
         ConfigError: names the file, and the line where there is one.

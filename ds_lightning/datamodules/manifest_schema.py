@@ -133,7 +133,7 @@ _EXAMPLES = {
 
 
 def _read(path: Path) -> Any:
-    check_yaml(path)
+    check_yaml(path, "schema file")
     try:
         return yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, ValueError) as error:

@@ -18,7 +18,7 @@ from .manifest_schema import Schema
 from .manifest_statistics import Statistics
 from .manifest_store import ManifestStore
 from .manifest_text import ManifestText
-from .manifest_values import Decoder
+from .manifest_values import Decoder, Tokenizer
 from .manifest_watch import FolderWatch
 from .multimodal_batches import Batch, MultimodalSamples, sample_shapes
 from .multimodal_device import DeviceStep
@@ -218,6 +218,11 @@ class MultimodalManifest(L.LightningDataModule):
             self._data = data
             self._arrange()
         self.device_step.set_rank(self._replicas()["rank"])
+
+    @property
+    def vocabulary(self) -> Tokenizer | None:
+        """What turns texts into numbers, and back where it has `decode`; None without texts, or before `setup`."""
+        return None if self._text is None else self._text.tokenizer
 
     def state_dict(self) -> dict[str, Any]:
         """Return the class names, the vocabulary, what standardises, and the counters of the random streams."""

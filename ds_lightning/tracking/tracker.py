@@ -1,6 +1,7 @@
 """The logger: plugs into any Trainer, writes to MLflow from a process of its own."""
 
 import copy
+import json
 import sys
 import uuid
 from argparse import Namespace
@@ -214,6 +215,16 @@ class MLflowTracker(MLFlowLogger):
         from ds_lightning.tracking.pictures import png
 
         self._run.artifact(f"pictures/{clean_name(name)}.png", png(figure))
+
+    @rank_zero_only
+    def log_json(self, content: Any, name: str) -> None:
+        """Log plain Python as `<name>.json`.
+
+        Args:
+            content: dictionaries, lists, strings, booleans and finite numbers.
+            name: name without ending.
+        """
+        self._run.artifact(f"{clean_name(name)}.json", json.dumps(content, allow_nan=False))
 
     @rank_zero_only
     def log_confusion_matrix(self, matrix: Tensor, class_names: Sequence[str], stage: str) -> None:

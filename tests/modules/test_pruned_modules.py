@@ -8,7 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from ds_lightning.modules import MAML, Classifier, ContrastivePretraining, PrototypicalNetwork, TransferLearning
+from ds_lightning.modules import (
+    MAML,
+    Classifier,
+    ContrastivePretraining,
+    MultimodalFusion,
+    PrototypicalNetwork,
+    TransferLearning,
+)
 from ds_lightning.modules._network_module import NetworkModule
 from ds_lightning.networks import apply_plan, count_macs, plan_of, prune_channels
 
@@ -21,6 +28,13 @@ MODULES: dict[type[Any], dict[str, Any]] = {
     PrototypicalNetwork: {"embedding": 16, **RESNET},
     TransferLearning: {"embedding": 16, "num_train_classes": 4, **RESNET},
     ContrastivePretraining: {"encoder_options": {"width": 16}, **SHAPE},
+    MultimodalFusion: {
+        "encoders": {"image": None, "table": None},
+        "num_classes": 3,
+        "width": 32,
+        "depth": 1,
+        "encoder_options": {"image": {"width": 16, "in_channels": 1}, "table": {"columns": 4}},
+    },
 }
 
 
@@ -33,17 +47,26 @@ def test_every_module_that_can_be_built_is_here() -> None:
     assert ours - {"NetworkModule", "FewShotModule"} == {kind.__name__ for kind in MODULES}
 
 
+def inputs_of(module: Any) -> Any:
+    if isinstance(module, MultimodalFusion):
+        return {"image": IMAGES, "table": IMAGES[:, 0, 0, :4]}
+    return IMAGES
+
+
 def prune(module: Any) -> None:
-    network = module.encoder if isinstance(module, ContrastivePretraining) else module.network
-    before = count_macs(network, IMAGES)
-    apply_plan(network, prune_channels(network, IMAGES, 0.5))
-    assert count_macs(network, IMAGES) < 0.51 * before
+    if isinstance(module, MultimodalFusion):
+        network = module
+    else:
+        network = module.encoder if isinstance(module, ContrastivePretraining) else module.network
+    before = count_macs(network, inputs_of(module))
+    apply_plan(network, prune_channels(network, inputs_of(module), 0.5))
+    assert count_macs(network, inputs_of(module)) < 0.51 * before
 
 
 def outputs(module: L.LightningModule) -> Tensor:
     module.eval()
     with torch.no_grad():
-        found: Tensor = module(IMAGES)
+        found: Tensor = module(inputs_of(module))
     return found
 
 
