@@ -325,3 +325,14 @@ def test_pictures(root):
     folder = root / "artifacts" / ours.run_id / "artifacts"
     assert (folder / "pictures" / "confusion_matrix_val.png").read_bytes().startswith(PNG)
     assert json.loads((folder / "confusion_matrix_val.json").read_text())["matrix"] == [[3, 1], [0, 4]]
+
+
+def test_plain_python_as_json(root):
+    ours = tracker(root)
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        ours.log_json({"share": float("nan")}, "broken")
+    ours.log_json({"rows": [[0.5, 0.5], [1.0, 0.0]], "names": ["a", "b"]}, "attention/matrix")
+    ours.finalize()
+    (found,) = (root / "artifacts" / ours.run_id / "artifacts").rglob("*.json")
+    assert json.loads(found.read_text()) == {"rows": [[0.5, 0.5], [1.0, 0.0]], "names": ["a", "b"]}
+    assert found.name == "matrix.json"
