@@ -18,6 +18,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 # Imported so that their short names (`--model Classifier`) resolve.
+import ds_lightning.callbacks.attention_maps
 import ds_lightning.callbacks.continual_metrics
 import ds_lightning.callbacks.durable_checkpoint
 import ds_lightning.callbacks.embedding_map
