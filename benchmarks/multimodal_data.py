@@ -162,7 +162,7 @@ class ArrayBatches(pl.LightningDataModule):
         seed: of order and augmentation.
         batch_size: of training.
         features: pretrained encoders whose output takes the place of what they saw: `lite0`, `minilm`.
-        augment: whether training samples are changed.
+        augment: whether training pictures are changed; masks in the sound cost more than they gave.
     """
 
     def __init__(
@@ -200,7 +200,7 @@ class ArrayBatches(pl.LightningDataModule):
         }
         self.input_shapes = {name: tuple(columns[name].shape[1:]) for name in modalities}
         self.generator = _generator(seed, "order")
-        self.affine, self.draws = AffineJitter(derived_seed(seed, "affine")), _generator(seed, "sound")
+        self.affine = AffineJitter(derived_seed(seed, "affine"))
 
     def train_dataloader(self) -> DataLoader[Any]:
         size = min(self.batch_size, len(self.rows["train"]))
@@ -221,8 +221,6 @@ class ArrayBatches(pl.LightningDataModule):
                 found[name] = self.affine(found[name])
             if scale is not None:
                 found[name] = (found[name].float() - scale[0]) / scale[1]
-            if changed and name == "audio":
-                found[name] = masked_bands(found[name], self.draws)
         return found
 
 
@@ -232,18 +230,3 @@ def _scale(column: Tensor, train: Tensor, present: Tensor) -> tuple[float, float
         return None
     std, mean = torch.std_mean(column[train[present[train]]].float())
     return float(mean), float(std)
-
-
-def masked_bands(mel: Tensor, generator: torch.Generator, bands: int = 6, frames: int = 8, shift: int = 4) -> Tensor:
-    """Return spectrograms (B, mels, T), shifted in time, with two bands and two stretches at 0, the mean."""
-    size, mels, length = mel.shape
-    by = torch.randint(-shift, shift + 1, (size,), generator=generator).to(mel.device)
-    places = torch.arange(length, device=mel.device)
-    mel = mel.gather(2, ((places - by[:, None]) % length)[:, None].expand(-1, mels, -1))
-    for most, total, axis in ((bands, mels, 1), (bands, mels, 1), (frames, length, 2), (frames, length, 2)):
-        width = torch.randint(0, most + 1, (size, 1), generator=generator)
-        start = (torch.rand(size, 1, generator=generator) * (total - width)).long()
-        place = torch.arange(total)
-        hidden = ((place >= start) & (place < start + width)).to(mel.device)
-        mel = mel.masked_fill(hidden[:, :, None] if axis == 1 else hidden[:, None], 0.0)
-    return mel
