@@ -12,6 +12,7 @@ from ds_lightning.cli import main
 from ds_lightning.datamodules import MNIST5k
 from ds_lightning.errors import ConfigError
 from ds_lightning.modules import Classifier
+from ds_lightning.networks import count_macs
 from ds_lightning.presets import list_presets
 from ds_lightning.training import build, resolve, set_key
 
@@ -168,3 +169,16 @@ def test_every_public_name_resolves_on_the_command_line() -> None:
     )
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert answer.stdout.split() == []
+
+
+def test_a_pruned_fit_from_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    data = ["--data", "MNIST5k", "--data.train_size=256"]
+    quiet = ["--trainer.enable_progress_bar=false", "--trainer.accelerator=cpu", "--trainer.limit_val_batches=0"]
+    model = ["--model", "Classifier", "--model.network_options={width: 16}"]
+    pruning = ["--config", "callbacks/pruning.yaml", "--trainer.max_steps=12"]
+    assert main(["fit", *model, *data, *pruning, *quiet]) == 0
+    (checkpoint,) = (tmp_path / "mlruns" / "checkpoints").rglob("last.ckpt")
+    again = Classifier.load_from_checkpoint(checkpoint)
+    x = torch.zeros(1, 1, 28, 28)
+    assert count_macs(again, x) < 0.51 * count_macs(Classifier("resnet8", 10, in_channels=1, image_size=28), x)

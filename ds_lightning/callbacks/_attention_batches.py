@@ -123,7 +123,8 @@ def _checked(found: Any, batch: Mapping[str, Any]) -> tuple[tuple[str, ...], Ten
     except AttributeError as error:
         raise ConfigError(f"attention_maps gave a {type(found).__name__}; expected {wanted}") from error
     size = len(next(batch[name] for name in MODALITIES if name in batch))
-    missing = [name for name in names[1:] if name not in batch]
+    there = present_of(batch, len(names) - 1).any(dim=0).tolist()
+    missing = [name for name, is_there in zip(names[1:], there, strict=True) if is_there and name not in batch]
     fit = all(values.dim() == 2 and len(values) == size for values in tokens.values())
     if matrix.shape != (size, len(names), len(names)) or missing or not fit:
         shapes = {name: tuple(values.shape) for name, values in tokens.items()}

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ds_lightning.errors import ConfigError
 from ds_lightning.functional.seeds import derived_seed
 
 
@@ -16,10 +17,22 @@ def permuted_batches(batches: list[dict[str, Any]], name: str, column: int) -> l
     The permutation is the same at every call with as many samples, so that epochs can be compared.
 
     Args:
-        batches: dictionaries on the CPU, each with `name` (B, ...) and perhaps `<name>_mask` (B, T) and `present`.
+        batches: dictionaries on the CPU, with `name` (B, ...), `<name>_mask` (B, T) and `present` where they have it.
         name: of the modality.
         column: of `present`.
+
+    Raises:
+        ConfigError: images or tables of several shapes.
     """
+    holders = [batch for batch in batches if name in batch]
+    if len(holders) < len(batches):
+        changed_holders = iter(permuted_batches(holders, name, column) if holders else ())
+        return [next(changed_holders) if name in batch else batch for batch in batches]
+    if name in ("image", "table") and len({batch[name].shape[1:] for batch in batches}) > 1:
+        raise ConfigError(
+            f"AttentionMaps deals {name} out among batches, and their shapes differ; expected one size, or "
+            "importance=False"
+        )
     have = torch.cat([_present(batch, name, column) for batch in batches])
     owners = have.nonzero()[:, 0]
     generator = torch.Generator().manual_seed(derived_seed(0, "permuted", name))

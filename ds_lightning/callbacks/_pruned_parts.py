@@ -17,7 +17,7 @@ from ._standing_still import StandingStill
 
 
 def remove_channels(trainer: pl.Trainer, module: pl.LightningModule, plan: PruningPlan) -> StandingStill:
-    """Apply a plan to the module, its optimizers, averages of its weights, DDP and the callbacks that ask for it.
+    """Apply a plan to the module, its optimizers, averages of its weights, DDP, and callbacks and module that ask.
 
     Args:
         trainer: between two batches.
@@ -38,14 +38,15 @@ def remove_channels(trainer: pl.Trainer, module: pl.LightningModule, plan: Pruni
     for optimizer in trainer.optimizers:
         stepped = {parameter for group in optimizer.param_groups for parameter in group["params"]}
         held[optimizer] = [name for name, parameter in module.named_parameters() if parameter in stepped]
-    slices.replace(apply_plan(module, plan))
+    replaced = apply_plan(module, plan)
+    slices.replace(replaced)
     for average in _averages(trainer):
         apply_plan(average, plan)
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if hasattr(callback, "on_channels_removed"):
-            callback.on_channels_removed(trainer, module, plan)
+    for holder in (*trainer.callbacks, module):  # type: ignore[attr-defined]
+        if hasattr(holder, "on_channels_removed"):
+            holder.on_channels_removed(trainer, module, plan)
     _wrap_again(trainer, module)
-    return StandingStill(held)
+    return StandingStill(held, {names[old]: old for old in replaced if old in names})
 
 
 def prune_when_loaded(trainer: pl.Trainer, module: pl.LightningModule) -> RemovableHandle:

@@ -48,6 +48,13 @@ def check_arguments(
     Raises:
         ConfigError: names the argument, the range and the value.
     """
+    for name, number in (("target", target), ("start", start), ("end", end), ("sparsity", sparsity)):
+        if not isinstance(number, int | float):
+            raise ConfigError(f"{name} is {number!r}; expected a number")
+    whole = {**counts, "report_batches": report_batches, **({} if every is None else {"every": every})}
+    for name, number in whole.items():
+        if not isinstance(number, int) or isinstance(number, bool):
+            raise ConfigError(f"{name} is {number!r}; expected a whole number")
     if not 0 < target < 1:
         raise ConfigError(f"target is {target}; expected the share to keep, a number in (0, 1)")
     for name, value in choices.items():

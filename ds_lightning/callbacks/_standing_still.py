@@ -16,13 +16,19 @@ class StandingStill:
 
     A step that is left out (GradScaler, FiniteGuard) does not count: the next one does. A parameter that no group
     holds counts where its gradient is not zero; another one where a plain step along its gradient, at its group's
-    rate, would be larger than rounding.
+    rate, would be larger than rounding. A replaced parameter that gets a gradient is still computed with.
 
     Args:
         stepped: each optimizer with the names of the parameters that it has to move.
+        replaced: the parameters from before the removal, by name; nothing may compute with them any more.
     """
 
-    def __init__(self, stepped: Mapping[Optimizer, Iterable[str]]) -> None:
+    def __init__(
+        self, stepped: Mapping[Optimizer, Iterable[str]], replaced: Mapping[str, nn.Parameter] | None = None
+    ) -> None:
+        self._replaced = dict(replaced or {})
+        for parameter in self._replaced.values():
+            parameter.grad = None
         self._names = {optimizer: list(names) for optimizer, names in stepped.items()}
         self._copies: dict[str, Tensor] = {}
         self._parameters: dict[str, nn.Parameter] = {}
@@ -40,13 +46,20 @@ class StandingStill:
         """Take the hooks off the optimizers."""
         for handle in self._handles:
             handle.remove()
-        self._names, self._copies, self._parameters = {}, {}, {}
+        self._names, self._copies, self._parameters, self._replaced = {}, {}, {}, {}
 
     def _after(self, optimizer: Optimizer, *_: Any) -> None:
         # A fused optimizer is called even where the GradScaler found inf, and looks at this flag by itself.
         found_inf = getattr(optimizer, "found_inf", None)
         if optimizer not in self._names or not self._copies or (found_inf is not None and bool(found_inf)):
             return
+        used = [name for name, parameter in self._replaced.items() if parameter.grad is not None]
+        self._replaced = {}
+        if used:
+            raise RuntimeError(
+                f"after channels were removed, something still computes with the old {', '.join(used[:5])}: expected "
+                "every holder of parameters to look them up, or to implement on_channels_removed"
+            )
         rates = {p: float(group.get("lr", 0.0)) for group in optimizer.param_groups for p in group["params"]}
         flags = [
             _stands_still(before, self._parameters[name], rates.get(self._parameters[name]))

@@ -27,8 +27,8 @@ class AttentionMaps(pl.Callback):
     right predictions is measured again with each modality's values dealt out anew among the samples that have it
     (arXiv 1801.01489); what is lost is that modality's importance.
 
-    **When it acts.** At the end of a validation, on its first batches: in a fit every `every_n_epochs` epochs and at
-    the last one, and in `trainer.validate`. Not in the sanity check.
+    **When it acts.** At the end of a validation, on batches spread over it: in a fit every `every_n_epochs` epochs
+    and at `max_epochs` or `max_steps`, and in `trainer.validate`. Not in the sanity check.
 
     **What it changes.** Nothing: the module goes to eval mode and back, and the generators stay as they were.
 
@@ -88,6 +88,11 @@ class AttentionMaps(pl.Callback):
                 f"AttentionMaps needs a module with `attention_maps(batch)`, such as MultimodalFusion; "
                 f"{type(pl_module).__name__} has none"
             )
+        if stage in ("fit", "validate") and not getattr(pl_module, "has_attention", True):
+            raise ConfigError(
+                f"AttentionMaps needs attention, and this {type(pl_module).__name__} has none; use fusion='cross', or "
+                "leave the callback out"
+            )
 
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Let go of what an interrupted validation left."""
@@ -102,8 +107,11 @@ class AttentionMaps(pl.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Keep the first batches of a validation that is due."""
-        if dataloader_idx == 0 and batch_idx < self.batches and self._due(trainer):
+        """Keep batches of a validation that is due, spread over it: the first ones may be of one class."""
+        total = trainer.num_val_batches[0]
+        step = max(1, int(total) // self.batches) if math.isfinite(total) else 1
+        wanted = dataloader_idx == 0 and batch_idx % step == 0 and len(self._kept) < self.batches
+        if wanted and self._due(trainer):
             self._kept.append(copied(checked_batch(batch)))
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

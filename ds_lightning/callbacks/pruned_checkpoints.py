@@ -1,6 +1,7 @@
 """Any LightningModule from a checkpoint whose network has lost channels."""
 
 import io
+import warnings
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -8,6 +9,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
+from ds_lightning.checkpoint_check import check_loadable
 from ds_lightning.networks.pruning_plan import apply_plan, plan_in
 
 Module = TypeVar("Module", bound=pl.LightningModule)
@@ -31,10 +33,12 @@ def load_pruned(module_class: type[Module], checkpoint_path: str | Path, strict:
 
     Raises:
         ConfigError: the plan does not fit the module.
+        DataError: the file is torn, holds pickled classes, or is no checkpoint.
 
     Example:
         >>> module = load_pruned(MyModule, "last.ckpt")  # doctest: +SKIP
     """
+    check_loadable(checkpoint_path, trusted=False)
     checkpoint: dict[str, Any] = torch.load(checkpoint_path, map_location="cpu", weights_only=True)
     weights: dict[str, Tensor] = checkpoint["state_dict"]
     # Lightning makes the module, hyperparameters and all, and loads none of the weights, which do not fit yet.
@@ -42,7 +46,10 @@ def load_pruned(module_class: type[Module], checkpoint_path: str | Path, strict:
     file = io.BytesIO()
     torch.save(bare, file)
     file.seek(0)
-    module = module_class.load_from_checkpoint(file, strict=False, **options)
+    with warnings.catch_warnings():
+        # They come below.
+        warnings.filterwarnings("ignore", message="(?s)Found keys that are in the model|.*contains no parameters")
+        module = module_class.load_from_checkpoint(file, strict=False, **options)
     if plan := plan_in(checkpoint):
         apply_plan(module, plan)
     module.load_state_dict(weights, strict=strict)

@@ -31,9 +31,10 @@ class ProgressivePruning(pl.Callback):
 
     **What it changes.** Parameters and buffers are replaced by smaller ones, and with them what hangs on them: the
     optimizers' parameters and states, DDP, the averages of WeightAveraging and StochasticWeightAveraging, and every
-    callback that has `on_channels_removed(trainer, pl_module, plan)`. Schedulers and GradScaler stay as they are. The
-    network's outputs keep their number. The next step is looked at: a parameter that has a gradient and stands still is
-    an error. Running statistics of BatchNorm follow by themselves within some ten training steps.
+    callback, and the module, that has `on_channels_removed(trainer, pl_module, plan)`. Schedulers and GradScaler stay
+    as they are. The network's outputs keep their number. The next step is looked at: a parameter that has a gradient
+    and stands still is an error, and so is an old one that gets a gradient. Running statistics of BatchNorm follow by
+    themselves within some ten training steps.
 
     **What it logs.** At each removal `pruning/macs` (multiply-accumulates of a sample), `pruning/params`,
     `pruning/macs_share` (of those before the first removal), `pruning/size_mb`, `pruning/latency_ms` (of one sample);
@@ -43,8 +44,9 @@ class ProgressivePruning(pl.Callback):
 
     **Checkpoint.** Counts, shares and, under the key `ds_lightning.pruning_plan`, what was removed in all, as plain
     Python. A fit that is resumed with `ckpt_path`, and validate, test and predict with this callback, start from the
-    unpruned module, and lose the channels before the weights are loaded; a fit goes on bit for bit on a CPU (not with
-    `measure="latency"`). Without the callback: modules of ds_lightning do it by themselves, others with `load_pruned`.
+    unpruned module, and lose the channels before the weights are loaded; a fit goes on bit for bit on a CPU from an
+    epoch's end, with `ExactResume` from any batch (not with `measure="latency"`). Without the callback: modules of
+    ds_lightning do it by themselves, others with `load_pruned`.
 
     **Limits.** Refused: strategies that hold parts of a parameter (FSDP, DeepSpeed, ModelParallel) or spawn or fork
     their processes (use `ddp` in a script), compiled networks,

@@ -22,6 +22,10 @@ def check_encoders(
     Raises:
         ConfigError: one line that names the argument.
     """
+    if not isinstance(encoders, Mapping):
+        raise ConfigError(f"encoders is a {type(encoders).__name__}; expected a dictionary, modality -> encoder")
+    if isinstance(freeze, str):
+        raise ConfigError(f"freeze is {freeze!r}; expected a list, [{freeze!r}]")
     if not encoders:
         raise ConfigError(f"encoders is empty; expected a dictionary with keys among {', '.join(MODALITIES)}")
     _check_names("encoders", encoders, MODALITIES)
@@ -72,8 +76,8 @@ def check_numbers(width: int, heads: int, depth: int, auxiliary: float, shares: 
         ConfigError: one line that names the argument.
     """
     for name, value in (("width", width), ("heads", heads), ("depth", depth)):
-        if value < 1:
-            raise ConfigError(f"{name} is {value}; expected at least 1")
+        if not isinstance(value, int) or value < 1:
+            raise ConfigError(f"{name} is {value!r}; expected at least 1, a whole number")
     if width % heads:
         raise ConfigError(f"width is {width}; expected a multiple of heads, {heads}")
     if not 0.0 <= auxiliary < float("inf"):

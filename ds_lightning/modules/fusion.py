@@ -128,7 +128,8 @@ class MultimodalFusion(NetworkModule):
         self.modalities = tuple(encoders)
         self.num_classes, self.fusion, self.multilabel = num_classes, fusion, multilabel
         self.auxiliary, self.modality_dropout = auxiliary, modality_dropout
-        self.subsets = subsets and fusion != "single" and len(encoders) > 1
+        # Of a single modality too: without it, a sample counts as one of class 0 in what is over all samples.
+        self.subsets = subsets and len(encoders) > 1
         # Those that are looked at.
         self.used = (single or self.modalities[0],) if fusion == "single" else self.modalities
         self._given, self._freeze = encoders, freeze
@@ -179,11 +180,23 @@ class MultimodalFusion(NetworkModule):
             assert self.network is not None
         return self.network
 
+    @property
+    def has_attention(self) -> bool:
+        """Whether `attention_maps` can be asked for."""
+        return self.fusion == "cross"
+
     def _batch(self, batch: Any) -> dict[str, Tensor]:
         try:
-            return as_batch(batch, self.used[0])
+            found = as_batch(batch, self.used[0])
         except TypeError as error:
             raise ConfigError(str(error)) from error
+        image = found.get("image")
+        if "image" in self.used and image is not None and not image.is_floating_point():
+            raise ConfigError(
+                f"image is {image.dtype}; expected floating point, normalised: outside a Trainer take "
+                "datamodule.on_after_batch_transfer(batch, 0)"
+            )
+        return found
 
     def _labelled(self, batch: Any) -> tuple[dict[str, Tensor], Encoded]:
         batch = self._batch(batch)
@@ -203,7 +216,7 @@ class MultimodalFusion(NetworkModule):
         Raises:
             ConfigError: when the fusion is no attention.
         """
-        if self.fusion != "cross":
+        if not self.has_attention:
             raise ConfigError(f"fusion is {self.fusion!r}, which has no attention between modalities; use 'cross'")
         with torch.no_grad():
             attention = self._built().attended(self._batch(batch))

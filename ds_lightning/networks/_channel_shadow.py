@@ -28,7 +28,7 @@ def shadow_of(network: nn.Module) -> nn.Module:
     for buffer in network.buffers():
         memo[id(buffer)] = on_cpu(buffer)
     try:
-        shadow = copy.deepcopy(network, memo)
+        shadow = _copied(network, memo)
     except Exception as error:
         raise ConfigError(
             f"{type(network).__name__} can't be copied ({short(error)}); channels are removed on a copy first: "
@@ -42,7 +42,28 @@ def shadow_of(network: nn.Module) -> nn.Module:
 def same_tensors(network: nn.Module) -> nn.Module:
     """Return a copy with modules of its own that holds the very same tensors: for a plan, which replaces them."""
     tensors = [*network.parameters(), *network.buffers()]
-    return copy.deepcopy(network, {id(tensor): tensor for tensor in tensors})
+    return _copied(network, {id(tensor): tensor for tensor in tensors})
+
+
+def _copied(network: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    """Copy deeply, but share what can't be copied: a command line's optimizer, a generator, a lock."""
+    try:
+        return copy.deepcopy(network, dict(memo))
+    except Exception:
+        shared: dict[int, Any] = {}
+        for module in network.modules():
+            # Not vars: a LightningModule leaves its Trainer out here.
+            state: dict[str, Any] = module.__getstate__()  # type: ignore[no-untyped-call]
+            for name, value in state.items():
+                if name in ("_parameters", "_buffers", "_modules"):
+                    continue
+                try:
+                    copy.deepcopy(value, dict(memo))
+                except Exception:
+                    shared[id(value)] = value
+        if not shared:
+            raise
+        return copy.deepcopy(network, memo | shared)
 
 
 def on_cpu(tensor: Tensor) -> Tensor:

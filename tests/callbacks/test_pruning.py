@@ -242,6 +242,33 @@ def test_a_parameter_that_stands_still_is_an_error_at_the_next_step(make, monkey
     assert run.global_step == 3  # the step after is the one that is not completed
 
 
+class Remembers(Images):
+    """Holds one of its parameters, and regularises it."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.held = [self.net[3].weight]
+
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch, batch_idx) + 0.1 * self.held[0].square().sum()
+
+
+class LooksUp(Remembers):
+    def on_channels_removed(self, trainer, pl_module, plan):
+        self.held = [self.net[3].weight]
+
+
+def test_an_old_parameter_that_is_still_computed_with_is_an_error_unless_the_module_looks_it_up(monkeypatch):
+    FixedPlans(plans()[0]).into(monkeypatch)
+    with pytest.raises(RuntimeError, match=r"still computes with the old net\.3\.weight: expected every holder"):
+        trainer(ProgressivePruning(network="net", schedule="one-shot", start=3)).fit(Remembers(), loader())
+    FixedPlans(plans()[0]).into(monkeypatch)
+    module = LooksUp()
+    trainer(ProgressivePruning(network="net", schedule="one-shot", start=3)).fit(module, loader())
+    assert module.held[0] is module.net[3].weight
+    assert widths(module) == (len(A), len(B))
+
+
 class NanAt(Images):
     def __init__(self, batch, **options):
         super().__init__(**options)

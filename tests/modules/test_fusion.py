@@ -260,10 +260,23 @@ def test_encoders_run_once_a_batch_whatever_the_subsets(tmp_path: Any) -> None:
     assert len(calls) == 3
 
 
-@pytest.mark.parametrize("options", [{"subsets": False}, {"fusion": "single", "single": "image"}])
-def test_no_subsets_where_they_are_not_wanted(options: dict[str, Any], tmp_path: Any) -> None:
-    (logged,) = trainer_in(tmp_path).test(model_of(**options), DataLoader(Rows(), batch_size=8), verbose=False)
-    assert set(logged) == {"test/loss", "test/accuracy", "test/f1", "test/auroc"}
+OVER_ALL = {"test/loss", "test/accuracy", "test/f1", "test/auroc"}
+
+
+def test_no_subsets_where_they_are_not_wanted(tmp_path: Any) -> None:
+    (logged,) = trainer_in(tmp_path).test(model_of(subsets=False), DataLoader(Rows(), batch_size=8), verbose=False)
+    assert set(logged) == OVER_ALL
+
+
+def test_a_single_modality_is_judged_by_the_samples_that_have_it(tmp_path: Any) -> None:
+    model = model_of(fusion="single", single="image")
+    (logged,) = trainer_in(tmp_path).test(model, DataLoader(Rows(), batch_size=8), verbose=False)
+    assert set(logged) == OVER_ALL | {"test/subset/image/accuracy", "test/subset/image/auroc"}
+    batch = batch_of()
+    there = batch["present"][:, list(model.modalities).index("image")]
+    assert 0 < there.sum() < len(there)
+    right = (model.eval()(batch).argmax(dim=1) == batch["label"])[there].float().mean().item()
+    assert logged["test/subset/image/accuracy"] == pytest.approx(right)
 
 
 def test_several_labels_a_sample(tmp_path: Any) -> None:

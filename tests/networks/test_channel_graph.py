@@ -1,4 +1,6 @@
 import copy
+import functools
+import threading
 
 import pytest
 import torch
@@ -213,3 +215,13 @@ class Recurrent(nn.Module):
 def test_networks_without_channels_to_remove(network, x, message):
     with pytest.raises(ConfigError, match=message):
         ChannelGraph(network, (x,))
+
+
+def test_what_cant_be_copied_is_shared_with_the_copy():
+    network = nn.Sequential(nn.Linear(3, 16), nn.ReLU(), nn.Linear(16, 2))
+    network.lock, network.stream = threading.Lock(), (number for number in range(3))
+    network.make = functools.partial(map, (number for number in range(3)))
+    graph = ChannelGraph(network, (torch.zeros(2, 3),))
+    choice = graph.choose(graph.scores(network), 0.6, round_to=1, min_channels=1)
+    assert len(choice.kept[0]) < 16
+    assert next(network.stream) == 0
