@@ -1,6 +1,8 @@
 """What goes wrong, in the user's words: one line that names the thing, what was expected and what to do."""
 
+import difflib
 import signal
+from collections.abc import Iterable
 
 
 class ConfigError(ValueError):
@@ -29,3 +31,15 @@ class Preempted(SystemExit):
     def __init__(self, number: int) -> None:
         super().__init__(128 + number)
         self.signal_name = signal.Signals(number).name
+
+
+def hint(word: str, known: Iterable[str]) -> str:
+    """Return `; did you mean 'x'?` for the closest known word, or all known words when none is close.
+
+    Example:
+        >>> hint("smapler", ["sampler", "pruner"])
+        "; did you mean 'sampler'?"
+    """
+    words = list(known)
+    close = difflib.get_close_matches(word, words, n=1)
+    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(words)}"

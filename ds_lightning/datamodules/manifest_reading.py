@@ -9,9 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ds_lightning.errors import ConfigError, DataError
-
-from .schema_values import near
+from ds_lightning.errors import ConfigError, DataError, hint
 
 if TYPE_CHECKING:
     from .manifest_schema import Schema
@@ -84,8 +82,8 @@ def check_columns(rows: list[Row], schema: "Schema", path: str | Path) -> None:
         has.update(dict.fromkeys(row))
     has.pop(LINE, None)
     name = next(name for name in schema.wanted if name in missing)
-    hint = "; it seems to be separated by semicolons: save it with commas" if _semicolons(has) else near(name, has)
-    raise DataError(f"manifest {path} has no column {name!r}, which the schema names{hint}")
+    meant = "; it seems to be separated by semicolons: save it with commas" if _semicolons(has) else hint(name, has)
+    raise DataError(f"manifest {path} has no column {name!r}, which the schema names{meant}")
 
 
 def _semicolons(names: dict[str, None]) -> bool:

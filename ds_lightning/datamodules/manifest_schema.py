@@ -8,12 +8,12 @@ from typing import Any
 
 import yaml
 
-from ds_lightning.errors import ConfigError
+from ds_lightning.errors import ConfigError, hint
 from ds_lightning.yaml_check import check_yaml
 
 from .manifest_columns import KINDS, Column, LabelColumn
 from .manifest_reading import LINE
-from .schema_values import near, one_of, options
+from .schema_values import one_of, options
 
 _KEYS = ("columns", "label", "key", "time")
 
@@ -144,7 +144,7 @@ def _column(name: str, entry: Any) -> Column:
     where = f"schema column {name!r}"
     entry = {"modality": entry} if isinstance(entry, str) else options(entry, where)
     if "modality" not in entry:
-        meant = next((key for key in entry if near(key, ["modality"]).startswith("; did")), None)
+        meant = next((key for key in entry if hint(key, ["modality"]).startswith("; did")), None)
         raise ConfigError(
             f"{where} has no key 'modality'{'' if meant is None else f', but {meant!r}'}; expected modality: with one "
             f"of {', '.join(KINDS)}"

@@ -1,18 +1,10 @@
 """Checks of single values of a schema; each names the key, what is there and what was expected."""
 
-import difflib
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ds_lightning.errors import ConfigError
-
-
-def near(word: str, known: Iterable[str]) -> str:
-    """Return `; did you mean 'x'?` for the closest known word, or all known words when none is close."""
-    words = list(known)
-    close = difflib.get_close_matches(word, words, n=1)
-    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(words)}"
+from ds_lightning.errors import ConfigError, hint
 
 
 def options(value: Any, where: str, known: Sequence[str] | None = None) -> dict[str, Any]:
@@ -23,7 +15,7 @@ def options(value: Any, where: str, known: Sequence[str] | None = None) -> dict[
         if not isinstance(key, str):
             raise ConfigError(f"{where} has the key {key!r}; expected a text, so put it in quotes")
         if known is not None and key not in known:
-            raise ConfigError(f"{where} has the unknown key {key!r}{near(key, known)}")
+            raise ConfigError(f"{where} has the unknown key {key!r}{hint(key, known)}")
     return dict(value)
 
 
@@ -50,5 +42,5 @@ def switch(value: Any, where: str) -> None:
 def one_of(value: Any, where: str, known: Sequence[Any]) -> None:
     """Refuse what is not among the known values."""
     if isinstance(value, bool) or value not in known:
-        meant = near(value, known) if isinstance(value, str) and value and isinstance(known[0], str) else ""
+        meant = hint(value, known) if isinstance(value, str) and value and isinstance(known[0], str) else ""
         raise ConfigError(f"{where} is {value!r}; expected {' or '.join(map(str, known))}{meant}")

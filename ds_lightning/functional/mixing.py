@@ -1,6 +1,7 @@
 """MixUp and CutMix with a weight and a partner for each sample."""
 
 import math
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -157,6 +158,20 @@ def paste_boxes(x: Tensor, index: Tensor, boxes: Tensor, *, inplace: bool = Fals
     if with_gradient:
         return torch.where(mask, partner, x)
     return torch.where(mask, partner, x, out=x if inplace else partner)
+
+
+def mixed_mean(of_label: Callable[[Tensor], Tensor], batch: Mapping[str, Tensor]) -> Tensor:
+    """Return the mean of a quantity of each sample (B,), of a mixed batch weighted by lambda over both labels.
+
+    Args:
+        of_label: gives the quantity (B,) for labels.
+        batch: has `label`, and when it is mixed `label_mixed` and `mix`.
+    """
+    value = of_label(batch["label"])
+    if "mix" in batch:
+        mix = batch["mix"].to(value.dtype)
+        value = mix * value + (1 - mix) * of_label(batch["label_mixed"])
+    return value.mean()
 
 
 def _check_images(x: Tensor) -> None:

@@ -1,6 +1,6 @@
 """What a multimodal batch holds: an input and a mask for each modality, which of them are there, and labels."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -108,17 +108,3 @@ def check_labels(batch: Mapping[str, Tensor], size: int, num_classes: int, multi
             low, high, most = label.min().item(), label.max().item(), 1 if multilabel else num_classes - 1
             if not (low >= 0 and high <= most):
                 raise ConfigError(f"{name} goes from {low} to {high}; expected 0 to {most}")
-
-
-def mixed(of_label: Callable[[Tensor], Tensor], batch: Mapping[str, Tensor]) -> Tensor:
-    """Return the mean of a quantity of each sample (B,), of a mixed batch weighted by lambda over both labels.
-
-    Args:
-        of_label: gives the quantity (B,) for labels.
-        batch: has `label`, and when it is mixed `label_mixed` and `mix`.
-    """
-    value = of_label(batch["label"])
-    if "mix" in batch:
-        mix = batch["mix"].to(value.dtype)
-        value = mix * value + (1 - mix) * of_label(batch["label_mixed"])
-    return value.mean()

@@ -1,6 +1,5 @@
 """Supervised classification."""
 
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -15,6 +14,7 @@ from torchmetrics.classification import MulticlassConfusionMatrix
 
 from ds_lightning.errors import ConfigError
 from ds_lightning.functional.batch import as_batch, input_of, labelled_batch, restrict
+from ds_lightning.functional.mixing import mixed_mean
 from ds_lightning.modules._heads import head_name
 from ds_lightning.modules._network_module import NetworkModule, needs_no_data
 from ds_lightning.modules._pretrained import Pretrained, freeze_all_but_head, load_encoder, read_pretrained
@@ -217,23 +217,15 @@ class Classifier(NetworkModule):
         uniform = -log_probability.sum(dim=1) / possible.sum(dim=1)
         return (1 - self.label_smoothing) * plain + self.label_smoothing * uniform
 
-    def _mixed(self, of_label: Callable[[Tensor], Tensor], batch: Mapping[str, Tensor]) -> Tensor:
-        """Average a per-sample quantity over both labels of a mixed batch, weighted by lambda."""
-        value = of_label(batch["label"])
-        if "mix" not in batch:
-            return value
-        mix = batch["mix"].to(value.dtype)
-        return mix * value + (1 - mix) * of_label(batch["label_mixed"])
-
     # ---------------------------------------------------------------- the steps
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the mean loss of a batch and log it with the accuracy."""
         batch = labelled_batch(batch)
         logits = restrict(self(input_of(batch)), batch)
-        loss = self._mixed(lambda label: self.loss(logits, label), batch).mean()
+        loss = mixed_mean(lambda label: self.loss(logits, label), batch)
         predicted = logits.detach().argmax(dim=1)
-        accuracy = self._mixed(lambda label: (predicted == label).float(), batch).mean()
+        accuracy = mixed_mean(lambda label: (predicted == label).float(), batch)
         size = len(predicted)
         self.log("train/loss", loss.detach(), prog_bar=True, batch_size=size)
         self.log("train/accuracy", accuracy, batch_size=size)

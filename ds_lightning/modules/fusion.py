@@ -12,11 +12,12 @@ from torch.optim import Optimizer
 
 from ds_lightning.errors import ConfigError
 from ds_lightning.functional.batch import as_batch
+from ds_lightning.functional.mixing import mixed_mean
 from ds_lightning.modules._encoder_sizes import size_is_known, sizes_in_data
 from ds_lightning.modules._fusion_network import Encoded, FusionNetwork
 from ds_lightning.modules._gradient_share import gradient_shares
 from ds_lightning.modules._modality_heads import mean_of_present
-from ds_lightning.modules._multimodal_batch import check_labels, mixed
+from ds_lightning.modules._multimodal_batch import check_labels
 from ds_lightning.modules._multimodal_checks import check_classes, check_encoders, check_numbers
 from ds_lightning.modules._network_module import NetworkModule
 from ds_lightning.modules._present_encoder import PresentEncoder
@@ -251,20 +252,20 @@ class MultimodalFusion(NetworkModule):
         if self.modality_dropout > 0 and len(self.used) > 1:
             chosen = modality_dropout(present, self.modality_dropout)
         logits = self._built().logits(encoded, chosen)
-        loss = mixed(lambda label: self.loss(logits, label), batch)
+        loss = mixed_mean(lambda label: self.loss(logits, label), batch)
         if self.auxiliary > 0 and alone is not None and self.fusion != "single":
 
             def of_each(label: Tensor) -> Tensor:
                 losses = torch.stack([self.loss(one, label) for one in alone.unbind(dim=1)], dim=1)
                 return mean_of_present(losses, present)
 
-            loss = loss + self.auxiliary * mixed(of_each, batch)
+            loss = loss + self.auxiliary * mixed_mean(of_each, batch)
         # DDP waits for the gradient of every parameter, and another process may have that modality.
         unseen = [p.sum() for encoder in encoded.idle for p in encoder.parameters() if p.requires_grad]
         if unseen:
             loss = loss + 0.0 * torch.stack(unseen).sum()
         size = len(present)
-        accuracy = mixed(lambda label: self._right(logits.detach(), label), batch)
+        accuracy = mixed_mean(lambda label: self._right(logits.detach(), label), batch)
         self.log("train/loss", loss.detach(), prog_bar=True, batch_size=size)
         self.log("train/accuracy", accuracy, batch_size=size)
         return loss

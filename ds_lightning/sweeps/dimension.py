@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from ds_lightning.errors import ConfigError
-from ds_lightning.sweeps.keys import as_mapping, hint
+from ds_lightning.errors import ConfigError, hint
+from ds_lightning.sweeps.keys import as_mapping
 
 if TYPE_CHECKING:
     from optuna.trial import BaseTrial

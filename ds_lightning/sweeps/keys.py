@@ -1,22 +1,9 @@
 """Unknown keys are named, with the key that was probably meant."""
 
-import difflib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from ds_lightning.errors import ConfigError
-
-
-def hint(word: str, known: Iterable[str]) -> str:
-    """Return `; did you mean 'x'?` for the closest known word, or all known words when none is close.
-
-    Example:
-        >>> hint("smapler", ["sampler", "pruner"])
-        "; did you mean 'sampler'?"
-    """
-    words = list(known)
-    close = difflib.get_close_matches(word, words, n=1)
-    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(words)}"
+from ds_lightning.errors import ConfigError, hint
 
 
 def as_mapping(value: Any, where: str, known: Iterable[str] | None = None) -> dict[str, Any]:

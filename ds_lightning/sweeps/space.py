@@ -4,9 +4,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ds_lightning.errors import ConfigError
+from ds_lightning.errors import ConfigError, hint
 from ds_lightning.sweeps.dimension import Dimension
-from ds_lightning.sweeps.keys import as_mapping, hint
+from ds_lightning.sweeps.keys import as_mapping
 
 if TYPE_CHECKING:
     from optuna.trial import BaseTrial

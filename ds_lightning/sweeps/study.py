@@ -16,8 +16,8 @@ from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 from sqlalchemy import Connection, event
 from sqlalchemy.exc import IntegrityError, OperationalError, ProgrammingError
 
-from ds_lightning.errors import ConfigError
-from ds_lightning.sweeps.keys import as_mapping, hint
+from ds_lightning.errors import ConfigError, hint
+from ds_lightning.sweeps.keys import as_mapping
 from ds_lightning.sweeps.space import SearchSpace
 from ds_lightning.sweeps.spec import Direction
 
