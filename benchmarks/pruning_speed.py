@@ -5,6 +5,7 @@ import copy
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,8 +19,8 @@ from ds_lightning.networks import apply_plan, count_macs, prune_channels
 CHANNEL_RATIO = 0.296
 
 
-def ours(network: nn.Module, x: Tensor) -> None:
-    apply_plan(network, prune_channels(network, x, 0.5))
+def ours(network: nn.Module, x: Tensor, **options: Any) -> None:
+    apply_plan(network, prune_channels(network, x, 0.5, **options))
 
 
 def torch_pruning_alone(network: Any, x: Tensor, round_to: int | None = None) -> None:
@@ -77,8 +78,12 @@ def speed(options: argparse.Namespace) -> dict[str, Any]:
     torch.backends.cudnn.benchmark = True
     gpu = options.device == "cuda"
     methods: dict[str, Callable[[Any, Tensor], None]] = {"unpruned": lambda network, x: None, "ours": ours}
-    if not gpu:
-        methods["torch_pruning"] = torch_pruning_alone
+    methods["torch_pruning"] = torch_pruning_alone
+    if gpu:
+        methods["ours_round_to_32"] = partial(ours, round_to=32)
+        methods["ours_scope_layer"] = partial(ours, scope="layer")
+        methods["ours_scope_layer_round_to_32"] = partial(ours, scope="layer", round_to=32)
+    else:
         methods["torch_pruning_round_to_8"] = lambda network, x: torch_pruning_alone(network, x, round_to=8)
         methods["masks"] = masks
     whole = torchvision.models.resnet50()
