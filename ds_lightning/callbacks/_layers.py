@@ -1,6 +1,6 @@
 """Layers of any module, as the names and tensors that an optimizer steps."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -65,6 +65,47 @@ def find_layers(
         plain = leaf == "weight" and home and homes.count(home) == 1
         layers.append(Layer(home if plain else name, weight, bias))
     return layers
+
+
+def group_numbers(layers: Sequence[Layer], groups: str | Callable[[str], str]) -> list[int]:
+    """Return the number of each layer's group, counted from 0 in the order of the layers.
+
+    Args:
+        layers: the layers.
+        groups: `layer`, each by itself; `block`, by the block that holds the layer; or a function from a layer's name
+            to its group's name.
+
+    Raises:
+        ConfigError: the function returns something else than a str.
+    """
+    numbers: dict[str, int] = {}
+    found = []
+    for layer in layers:
+        name: object = layer.name
+        if groups == "block":
+            name = block_of(layer.name)
+        elif callable(groups):
+            name = groups(layer.name)
+        if not isinstance(name, str):
+            raise ConfigError(
+                f"groups returns {name!r} for the layer {layer.name!r}; expected a str, the name of the layer's group"
+            )
+        found.append(numbers.setdefault(name, len(numbers)))
+    return found
+
+
+def block_of(name: str) -> str:
+    """Return the path of the innermost numbered module that holds a layer, or the layer's own name without one.
+
+    Example:
+        >>> block_of("layer1.0.conv2"), block_of("layer1.0.downsample.0"), block_of("net.0"), block_of("fc")
+        ('layer1.0', 'layer1.0', 'net.0', 'fc')
+    """
+    parts = name.split(".")
+    for end in range(len(parts) - 1, 1, -1):
+        if parts[end - 1].isdigit():
+            return ".".join(parts[:end])
+    return name
 
 
 def check_patterns(module: nn.Module, argument: str, patterns: Sequence[str] | None) -> None:

@@ -1,7 +1,6 @@
 """One optimizer whose steps are scaled layer by layer."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from operator import is_
 from typing import Any
 
@@ -10,27 +9,17 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ds_lightning.functional.gradient_statistics import variance_multipliers
+from ds_lightning.functional.gradient_statistics import gradient_variance
 
-from ._layer_statistics import LayerStatistics, Reading, read_norms
-from ._layers import Layer
+from ._layer_fade import Fade
+from ._layer_history import LayerHistory
+from ._layer_norms import read_norms
+from ._layer_rules import VarianceRule as VarianceRule
+from ._layer_shards import is_sharded, local_part
+from ._layer_statistics import LayerStatistics, Reading
+from ._layers import Layer, group_numbers
 
-
-@dataclass(frozen=True)
-class VarianceRule:
-    """How statistics become multipliers; the names are DynamicLayerLR's arguments."""
-
-    alpha: float
-    bounds: tuple[float, float]
-    every: int
-    ema: float
-    warmup: int
-
-    def ramp(self, step: int) -> float:
-        """Return 0 before the first reading counts, 1 from step `warmup` on, linear between."""
-        if step < self.every:
-            return 0.0
-        return 1.0 if step >= self.warmup else (step - self.every) / (self.warmup - self.every)
+_UNCHANGED = 0.01
 
 
 class ScaledSteps:
@@ -45,6 +34,7 @@ class ScaledSteps:
         find: returns the layers of the module that are among the given parameters.
         rule: how multipliers are made.
         broadcast: statistics come from rank 0.
+        groups: which layers share one multiplier, as `group_numbers` takes it.
     """
 
     def __init__(
@@ -53,19 +43,29 @@ class ScaledSteps:
         find: Callable[[list[Tensor]], list[Layer]],
         rule: VarianceRule,
         broadcast: bool = False,
+        groups: str | Callable[[str], str] = "layer",
     ) -> None:
         self.optimizer = optimizer
         self.rule = rule
         self.steps = 0
-        self.largest_change = 0.0
+        self.smallest, self.largest = 1.0, 1.0  # over the whole fit
+        self.readings, self.changed = 0, 0  # how many counted, and after how many a multiplier differed from 1
+        self.history = LayerHistory()
         self.layers: list[Layer] = []
+        self.groups: list[int] = []  # of each layer
         self.statistics = LayerStatistics()
         self._find = find
         self._broadcast = broadcast
+        self._groups = groups
+        self._fade = Fade()
         self._stepped: list[Tensor] = []
         self._sparse: set[str] = set()
         self._reading: Reading | None = None
+        self._used: list[float] = []
+        self._noted = False  # whether those are in `smallest` and `largest`
         self._scaled: list[Tensor] = []
+        self._parts: list[Tensor] = []  # of the scaled tensors, on this process, within a step
+        self._sharded = False
         self._retreat: list[float] = []
         self._buffers: list[Tensor] = []
         self._snapshot: tuple[Tensor, ...] | list[Tensor] | None = None
@@ -77,7 +77,29 @@ class ScaledSteps:
 
     @property
     def multipliers(self) -> dict[str, float]:
+        """The multipliers in use, by layer."""
+        return dict(zip(self.statistics.names, self._used, strict=True))
+
+    @property
+    def unfaded(self) -> dict[str, float]:
+        """The multipliers as the rule gives them, by layer."""
         return dict(zip(self.statistics.names, self.statistics.multipliers, strict=True))
+
+    @property
+    def variances(self) -> dict[str, float]:
+        """The variance of a layer's gradient, mean over its weights, where there are readings."""
+        values = gradient_variance(self.statistics.moments[0], self.statistics.moments[1]).tolist()
+        known = (self.statistics.weight > 0).tolist()
+        return {
+            layer.name: value / layer.weight.numel()
+            for layer, value, ok in zip(self.layers, values, known, strict=True)
+            if ok
+        }
+
+    @property
+    def largest_change(self) -> float:
+        """How far a multiplier has been from 1 at most."""
+        return max(1 - self.smallest, self.largest - 1)
 
     def remove(self) -> None:
         """Take the hooks off the optimizer."""
@@ -115,28 +137,38 @@ class ScaledSteps:
             self._update_multipliers()
             self._leave_sparse_layers()
         if self.layers and self.steps % self.rule.every == 0:
-            self._reading = read_norms(self.optimizer, self.layers, self.statistics, self._broadcast)
+            extra = self.rule.extra_rows
+            self._reading = read_norms(self.optimizer, self.layers, self.statistics, self._broadcast, extra)
         for i, layer in enumerate(self.layers):
             if layer.weight.grad is not None:
                 self.statistics.seen[i] += 1
         self.steps += 1
+        if self.rule.fade and self._fade.follow([group["lr"] for group in self.optimizer.param_groups]):
+            self._set_factors()
+        if not self._noted:
+            self.smallest, self.largest = min(self.smallest, *self._used, 1.0), max(self.largest, *self._used, 1.0)
+            self._noted = True
+        if self.layers and (self.steps - 1) % self.rule.every == 0:
+            self.history.add(self.steps - 1, self.multipliers)
         if self._scaled:
-            self._snapshot = self._copies()
+            # Asked for in each step: nothing promises that a sharded parameter keeps its memory.
+            self._parts = [local_part(tensor) for tensor in self._scaled] if self._sharded else self._scaled
+            self._snapshot = self._copies(self._parts)
 
     @torch.no_grad()
     def _after_step(self, *_: Any) -> None:
         if self._snapshot is not None:
-            torch._foreach_lerp_(self._scaled, self._snapshot, self._retreat)
-            self._snapshot = None
+            torch._foreach_lerp_(self._parts, self._snapshot, self._retreat)
+            self._snapshot, self._parts = None, []
 
-    def _copies(self) -> tuple[Tensor, ...] | list[Tensor]:
-        if self._scaled[0].is_cuda:
+    def _copies(self, tensors: list[Tensor]) -> tuple[Tensor, ...] | list[Tensor]:
+        if tensors[0].is_cuda:
             # The caching allocator makes this free, and no memory is held while the activations need it.
-            return torch._foreach_mul(self._scaled, 1.0)
+            return torch._foreach_mul(tensors, 1.0)
         # Elsewhere fresh pages cost ten times the copy.
         if not self._buffers:
-            self._buffers = [torch.empty_like(tensor) for tensor in self._scaled]
-        torch._foreach_copy_(self._buffers, self._scaled)
+            self._buffers = [torch.empty_like(tensor) for tensor in tensors]
+        torch._foreach_copy_(self._buffers, tensors)
         return self._buffers
 
     def _parameters(self) -> list[Tensor]:
@@ -145,6 +177,7 @@ class ScaledSteps:
     def _find_layers(self, stepped: list[Tensor]) -> None:
         self._stepped = stepped
         self.layers = [layer for layer in self._find(stepped) if layer.name not in self._sparse]
+        self.groups = group_numbers(self.layers, self._groups)
         self.statistics = self.statistics.aligned([layer.name for layer in self.layers])
         self._use_multipliers()
 
@@ -165,36 +198,61 @@ class ScaledSteps:
     def _update_multipliers(self) -> None:
         if self._reading is None:
             return
-        fresh = self.statistics.add(self._reading, self.rule.ema**self.rule.every)
-        self._reading = None
-        wanted = variance_multipliers(
-            self.statistics.moments[0],
-            self.statistics.moments[1],
+        reading, self._reading = self._reading, None
+        fresh = self.statistics.add(reading, self.rule.ema**self.rule.every)
+        rows = reading.by_row(self.statistics.names)
+        if not set(self.rule.extra_rows) <= set(rows):
+            return  # a reading from the checkpoint of another rule
+        wanted = self.rule.multipliers(
+            self.statistics.moments,
+            self.statistics.weight > 0,
+            rows,
             torch.tensor([layer.weight.numel() for layer in self.layers], dtype=torch.float64),
-            self.rule.alpha,
-            self.rule.bounds,
-            self.rule.ramp(self.steps),
-        ).tolist()
-        # A layer without a gradient in that step keeps its multiplier until it trains again.
+            self.groups,
+            self.steps,
+        )
+        # A group without a gradient in that step keeps its multiplier until it trains again.
+        trained = {group for group, ok in zip(self.groups, fresh, strict=True) if ok}
         self.statistics.multipliers = [
-            new if ok else old for new, old, ok in zip(wanted, self.statistics.multipliers, fresh, strict=True)
+            new if group in trained else old
+            for new, old, group in zip(wanted, self.statistics.multipliers, self.groups, strict=True)
         ]
         self._use_multipliers()
+        self.readings += 1
+        self.changed += any(abs(m - 1) > _UNCHANGED for m in self._used)
 
     def _use_multipliers(self) -> None:
-        before, self._scaled, self._retreat = self._scaled, [], []
+        before, self._scaled = self._scaled, []
         for layer, m in zip(self.layers, self.statistics.multipliers, strict=True):
             if m != 1:
                 self._scaled += layer.tensors
-                self._retreat += [1 - m] * len(layer.tensors)
-                self.largest_change = max(self.largest_change, abs(m - 1))
         if len(before) != len(self._scaled) or not all(map(is_, before, self._scaled)):
             self._buffers = []
+            self._sharded = any(map(is_sharded, self._scaled))
+        if self.rule.fade:
+            at = {id(p): i for i, group in enumerate(self.optimizer.param_groups) for p in group["params"]}
+            self._fade.group = [at[id(layer.weight)] for layer in self.layers]
+        self._set_factors()
+
+    def _set_factors(self) -> None:
+        """Fade the multipliers to what is used in this step; the tensors stay the same."""
+        multipliers = self.statistics.multipliers
+        self._used = self._fade.faded(multipliers) if self.rule.fade else multipliers
+        self._retreat = [
+            1 - used
+            for layer, m, used in zip(self.layers, multipliers, self._used, strict=True)
+            if m != 1
+            for _ in layer.tensors
+        ]
+        self._noted = False
 
     def state_dict(self) -> dict[str, Any]:
         return {
             "steps": self.steps,
-            "largest_change": self.largest_change,
+            "range": [self.smallest, self.largest],
+            "readings": [self.readings, self.changed],
+            "fade": self._fade.state_dict(),
+            "history": self.history.state_dict(),
             "sparse": sorted(self._sparse),
             "layers": self.statistics.state_dict(),
             "reading": None if self._reading is None else self._reading.state_dict(),
@@ -203,7 +261,16 @@ class ScaledSteps:
     def load_state_dict(self, state: dict[str, Any]) -> tuple[int, int]:
         """Go on from a state, layers matched by name; return how many layers are new and how many are gone."""
         self.steps = state["steps"]
-        self.largest_change = state["largest_change"]
+        # An older checkpoint has "largest_change" alone.
+        self.smallest, self.largest = state.get("range") or (1.0, 1.0 + state["largest_change"])
+        self.readings, self.changed = state.get("readings", (0, 0))
+        self._fade = Fade(**state.get("fade", {}))
+        if self.rule.fade and self.steps and not self._fade.peaks:
+            rank_zero_warn(
+                "DynamicLayerLR resumes with fade=True from a checkpoint without the largest rate so far: multipliers "
+                "fade from the rate that it resumes with"
+            )
+        self.history = LayerHistory(**state.get("history", {}))
         self._sparse = set(state["sparse"])
         self.statistics = LayerStatistics(**state["layers"])
         self._reading = None if state["reading"] is None else Reading(**state["reading"])

@@ -1,26 +1,30 @@
 """Learning rates layer by layer, from the variance of each layer's gradient."""
 
-import math
+from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from ds_lightning.errors import ConfigError, NoEffectWarning
 
+from ._layer_fade import check_rates
+from ._layer_picture import log_multipliers
+from ._layer_rules import RuleName, VarianceRule, checked_rule
+from ._layer_summary import no_effect, summary
 from ._layers import check_patterns, find_layers
 from ._linear_optimizers import check_linear, default_alpha
 from ._log_step import log_step
-from ._scaled_steps import ScaledSteps, VarianceRule
-from ._strategies import SHARDED
+from ._scaled_steps import ScaledSteps
 
-_UNCHANGED = 0.01
+_REFUSED = (DeepSpeedStrategy, FSDPStrategy)
 
 
 class DynamicLayerLR(pl.Callback):
-    """Multiply each layer's learning rate by a factor that falls with the variance of its gradient.
+    """Multiply each layer's learning rate by a factor that follows from the variance of its gradient.
 
     **When it acts.** Around every `optimizer.step`, through the optimizer's own step hooks: after unscaling,
     accumulation and clipping, in automatic and manual optimization, for each optimizer by itself. Every `every` steps
@@ -31,33 +35,43 @@ class DynamicLayerLR(pl.Callback):
     groups, schedulers and optimizer checkpoints stay as they are. Norm layers and other vectors keep multiplier 1,
     and so does every layer at first: the rule fades in from step `every` to step `warmup`.
 
-    **What it logs.** `layer_lr/<layer>`, the multiplier, every `log_every_n_steps`; a summary at the end of fit; and a
-    `NoEffectWarning` when no multiplier ever differed from 1 by more than 1%.
+    **What it logs.** `layer_lr/<layer>`, the multiplier, and `layer_lr_variance/<layer>`, the gradient's variance
+    averaged over the weights, every `log_every_n_steps`; a picture of all multipliers over the steps on loggers with
+    `log_figure`, and a summary, at the end of fit; and a `NoEffectWarning` when no multiplier ever differed from 1 by
+    more than 1%, or with rule "article" not in half of the readings.
 
-    **Checkpoint.** Names, averages, counters, multipliers and the reading that is under way: a resumed run goes on
-    bit for bit. Layers are matched by name. The checkpoint loads without the callback. Another `fit` without
-    `ckpt_path` starts afresh, as its optimizers do.
+    **Checkpoint.** Names, averages, counters, multipliers, largest rates, the picture's columns (500 at most) and the
+    reading that is under way: a resumed run goes on bit for bit. Layers are matched by name. The checkpoint loads
+    without the callback. Another `fit` without `ckpt_path` starts afresh, as its optimizers do.
 
     **Limits.** The step must be linear in the rate: LBFGS, schedule-free, D-adaptation and Prodigy are refused, and an
-    optimizer that torch does not ship is tried out at the start. FSDP, DeepSpeed and ModelParallelStrategy are
-    refused: each rank holds only parts of a layer. Layers with sparse gradients are left out, with a warning. The
-    gain is in short trainings; see docs/layer_lr.md before use in long ones.
+    optimizer that torch does not ship is tried out at the start. FSDPStrategy and DeepSpeed are refused: each rank
+    holds parts of a layer that have no name; ModelParallelStrategy with `fully_shard` works. Layers with sparse
+    gradients are left out, with a warning. The gain is in short trainings; see docs/layer_lr.md before use in long
+    ones.
 
     **Cost.** One copy of the scaled weights (on CUDA made and freed within each step, elsewhere kept), and two passes
     over them.
 
     Args:
+        rule: "variance": noisier layers step less; "trust": so, and layers with larger weights step more (as LARS,
+            arXiv 1708.03888); "snr": layers with more signal than noise step more; "article": 1 + 0.5 (1 - exp(-0.1
+            Var)) of the last gradient's elements, without averages, bounds and warm-up, to see that it does nothing.
         alpha: strength of the rule, > 0. None: 1 for SGD, 0.5 for others, which normalise their step themselves.
-        bounds: smallest and largest multiplier, 0 < low <= 1 <= high.
+        trust: strength of the weights' size, >= 0, for rule "trust" alone. None: 1.
+        bounds: smallest and largest multiplier, 0 < low <= 1 <= high. None: (0.4, 2.3), (0.1, 10) for rule "trust".
         every: optimizer steps between two readings, >= 1.
         ema: decay of the averages for each optimizer step, in [0, 1); a reading weighs `1 - ema ** every`.
         warmup: optimizer step at which the rule has its full strength, >= 0.
+        groups: which layers of one optimizer share a multiplier. "layer": none; "block": those in the same numbered
+            module, such as `layer1.0`; or a function from a layer's name to its group's name.
+        fade: take multipliers to the power of (rate / largest rate so far), so that they end at 1 with the schedule.
         include: fnmatch patterns on parameter names; only layers whose weight matches one are scaled. None: all.
         exclude: fnmatch patterns on parameter names that are never scaled.
 
     Raises:
-        ConfigError: an argument out of range; at the start of fit a pattern that matches nothing, or an optimizer or
-            strategy that can't work.
+        ConfigError: an argument out of range, or one that the rule does not use; at the start of fit a pattern that
+            matches nothing, a group that is no str, or an optimizer or strategy that can't work.
 
     Example:
         >>> import lightning.pytorch as pl
@@ -66,32 +80,37 @@ class DynamicLayerLR(pl.Callback):
 
     def __init__(
         self,
+        rule: RuleName = "variance",
         alpha: float | None = None,
-        bounds: tuple[float, float] = (0.4, 2.3),
+        trust: float | None = None,
+        bounds: tuple[float, float] | None = None,
         every: int = 10,
         ema: float = 0.95,
         warmup: int = 50,
+        groups: Literal["layer", "block"] | Callable[[str], str] = "layer",
+        fade: bool = False,
         include: list[str] | None = None,
         exclude: list[str] | None = None,
     ) -> None:
-        if alpha is not None and not 0 < alpha < math.inf:
-            raise ConfigError(f"alpha is {alpha}; expected a number > 0, or None for the optimizer's default")
-        if len(bounds) != 2 or not 0 < bounds[0] <= 1 <= bounds[1] < math.inf:
-            raise ConfigError(f"bounds is {bounds}; expected (low, high) with 0 < low <= 1 <= high")
+        self.trust, self.bounds = checked_rule(rule, alpha, trust, bounds)
         if every < 1:
             raise ConfigError(f"every is {every}; expected a number of optimizer steps >= 1")
         if not 0 <= ema < 1:
             raise ConfigError(f"ema is {ema}; expected a decay in [0, 1)")
         if warmup < 0:
             raise ConfigError(f"warmup is {warmup}; expected a number of optimizer steps >= 0")
+        if not callable(groups) and groups not in ("layer", "block"):
+            raise ConfigError(f"groups is {groups!r}; expected 'layer', 'block' or a function of a layer's name")
         for name, patterns in (("include", include), ("exclude", exclude)):
             if isinstance(patterns, str):
                 raise ConfigError(f"{name} is the string {patterns!r}; expected a list, [{patterns!r}]")
+        self.rule = rule
         self.alpha = alpha
-        self.bounds = (float(bounds[0]), float(bounds[1]))
         self.every = every
         self.ema = ema
         self.warmup = warmup
+        self.groups = groups
+        self.fade = fade
         self.include = include
         self.exclude = exclude
         self._scaled: list[ScaledSteps] = []
@@ -111,10 +130,10 @@ class DynamicLayerLR(pl.Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check that the optimizers can be scaled, and put the hooks on them."""
-        if isinstance(trainer.strategy, SHARDED):
+        if isinstance(trainer.strategy, _REFUSED):
             raise ConfigError(
                 f"DynamicLayerLR can't work with {type(trainer.strategy).__name__}, which gives each rank parts of a "
-                "layer; expected a strategy with whole layers, such as ddp"
+                "layer that have no name; expected ddp, or ModelParallelStrategy with fully_shard"
             )
         check_patterns(pl_module, "include", self.include)
         check_patterns(pl_module, "exclude", self.exclude)
@@ -126,32 +145,36 @@ class DynamicLayerLR(pl.Callback):
                 continue
             check_linear(optimizer)
             alpha = default_alpha(optimizer) if self.alpha is None else self.alpha
-            rule = VarianceRule(alpha, self.bounds, self.every, self.ema, self.warmup)
-            self._scaled.append(ScaledSteps(optimizer, find, rule, broadcast=shared))
+            if self.fade:
+                check_rates(optimizer.param_groups)
+            rule = VarianceRule(alpha, self.bounds, self.every, self.ema, self.warmup, self.rule, self.trust, self.fade)
+            self._scaled.append(ScaledSteps(optimizer, find, rule, broadcast=shared, groups=self.groups))
         self._resume()
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Log the multipliers, which are on the host already."""
+        """Log multipliers and variances, which are on the host already."""
         step, due = log_step(trainer)
         if not due or self._logged_at == step or not trainer.is_global_zero:
             return
         self._logged_at = step
         metrics = {f"layer_lr/{name}": m for name, m in self.multipliers.items()}
+        for scaled in self._scaled:
+            metrics.update({f"layer_lr_variance/{name}": value for name, value in scaled.variances.items()})
         for logger in trainer.loggers if metrics else ():
             logger.log_metrics(metrics, step=step)
 
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Draw the multipliers over the steps for the loggers that take figures."""
+        if trainer.is_global_zero:
+            log_multipliers(trainer, [scaled.history for scaled in self._scaled])
+
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Say what came out, or that nothing did."""
-        multipliers = self.multipliers
-        if multipliers:
-            low, high = min(multipliers, key=multipliers.__getitem__), max(multipliers, key=multipliers.__getitem__)
-            rank_zero_info(
-                f"DynamicLayerLR: {len(multipliers)} layers, multipliers from {multipliers[low]:.3g} ({low}) to "
-                f"{multipliers[high]:.3g} ({high})"
-            )
-        reason = self._no_effect(trainer)
+        if text := summary(self._scaled, pl_module):
+            rank_zero_info(text)
+        reason = no_effect(self._scaled, trainer)
         if reason and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             rank_zero_warn(f"DynamicLayerLR had no effect: {reason}", category=NoEffectWarning)
 
@@ -173,8 +196,10 @@ class DynamicLayerLR(pl.Callback):
         return {"optimizers": [scaled.state_dict() for scaled in self._scaled]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep the state until the optimizers exist."""
+        """Keep the state until the optimizers exist; they do when the strategy restores after setup."""
         self._state = state_dict
+        if self._scaled:
+            self._resume()
 
     def _resume(self) -> None:
         saved = self._state.get("optimizers", []) if self._state else []
@@ -190,20 +215,6 @@ class DynamicLayerLR(pl.Callback):
                 f"DynamicLayerLR resumes with other layers than the checkpoint's: {new} new, which start at "
                 f"multiplier 1, and {gone} gone; the others were matched by name"
             )
-
-    def _no_effect(self, trainer: pl.Trainer) -> str | None:
-        if not self._scaled:
-            return "no optimizer holds a weight with two or more dimensions that include and exclude let through"
-        if all(len(scaled.layers) == 1 for scaled in self._scaled):
-            return "there is one layer, and multipliers are relative to the mean over the layers"
-        if max(scaled.largest_change for scaled in self._scaled) > _UNCHANGED:
-            return None
-        steps = max(scaled.steps for scaled in self._scaled)
-        if steps == 0 and trainer.global_step > 0:
-            return "the optimizer's step hooks never ran; it replaces torch.optim.Optimizer.step"
-        if steps <= 2 * self.every:
-            return f"multipliers first change after {2 * self.every} optimizer steps, and there were {steps}"
-        return f"every multiplier stayed within {_UNCHANGED:.0%} of 1 for {steps} optimizer steps"
 
     def _remove_hooks(self) -> None:
         for scaled in self._scaled:

@@ -73,6 +73,20 @@ def ema_update(average: Tensor, weight: Tensor, value: Tensor, decay: float) -> 
     return torch.where(finite, new_average, average), torch.where(finite, new_weight, weight)
 
 
+def gradient_variance(mean_sq: Tensor, second: Tensor) -> Tensor:
+    """Return `max(E - max(A, 0), 1e-3 E)`, the variance of a mini-batch gradient summed over its elements.
+
+    Args:
+        mean_sq: A, an average of `||E g||^2`, (L,); a negative estimate counts as 0.
+        second: E, an average of `||g||^2`, (L,), >= 0.
+
+    Example:
+        >>> gradient_variance(torch.tensor([1.0, -2.0]), torch.tensor([4.0, 4.0]))
+        tensor([3., 4.])
+    """
+    return torch.maximum(second - mean_sq.clamp(min=0), VARIANCE_FLOOR * second)
+
+
 def variance_multipliers(
     mean_sq: Tensor,
     second: Tensor,
@@ -104,9 +118,112 @@ def variance_multipliers(
         >>> variance_multipliers(torch.zeros(2), torch.tensor([1.0, 4.0]), torch.ones(2), 1.0, (0.1, 10.0))
         tensor([1.4142, 0.7071])
     """
-    known = (second > 0) & torch.isfinite(second) & torch.isfinite(mean_sq)
-    variance = torch.maximum(second - mean_sq.clamp(min=0), VARIANCE_FLOOR * second)
-    x = torch.where(known, -alpha / 2 * torch.log(variance / numel), torch.zeros_like(second))
+    x = -alpha / 2 * torch.log(gradient_variance(mean_sq, second) / numel)
+    return _centred(x, _known(mean_sq, second), bounds, ramp)
+
+
+def trust_multipliers(
+    mean_sq: Tensor,
+    second: Tensor,
+    numel: Tensor,
+    weight_sq: Tensor,
+    alpha: float,
+    bounds: tuple[float, float],
+    trust: float = 1.0,
+    ramp: float = 1.0,
+) -> Tensor:
+    """The inverse rule, weighed with the size of the weights as LARS does: large weights may take larger steps.
+
+        x = -alpha / 2 * log(var / N) + trust / 2 * log(||w||^2 / N)
+
+    centred, bounded and ramped as in `variance_multipliers` (LARS: arXiv 1708.03888).
+
+    Args:
+        mean_sq: A, an average of `||E g||^2`, (L,).
+        second: E, an average of `||g||^2`, (L,).
+        numel: N, number of weights of each layer, (L,).
+        weight_sq: `||w||^2`, (L,), >= 0.
+        alpha: strength of the variance, > 0.
+        bounds: `(low, high)`, the smallest and the largest multiplier, 0 < low <= 1 <= high.
+        trust: strength of the weights' size, >= 0; 0 is the inverse rule.
+        ramp: 0 (all multipliers are 1) to 1 (the full rule).
+
+    Returns:
+        The multipliers, (L,). A layer without a positive, finite E and `||w||^2` gets 1 and does not count in the mean.
+
+    Example:
+        >>> e, n, w = torch.ones(2), torch.ones(2), torch.tensor([4.0, 1.0])
+        >>> trust_multipliers(torch.zeros(2), e, n, w, 1.0, (0.1, 10.0))
+        tensor([1.4142, 0.7071])
+    """
+    known = _known(mean_sq, second) & (weight_sq > 0) & torch.isfinite(weight_sq)
+    x = -alpha / 2 * torch.log(gradient_variance(mean_sq, second) / numel)
+    return _centred(x + trust / 2 * torch.log(weight_sq / numel), known, bounds, ramp)
+
+
+def snr_multipliers(
+    mean_sq: Tensor, second: Tensor, alpha: float, bounds: tuple[float, float], ramp: float = 1.0
+) -> Tensor:
+    """Give a higher rate to a layer whose gradient is more signal than noise.
+
+        x = alpha / 2 * log(max(A, 1e-3 E) / var)
+
+    centred, bounded and ramped as in `variance_multipliers`.
+
+    Args:
+        mean_sq: A, an average of `||E g||^2`, (L,).
+        second: E, an average of `||g||^2`, (L,).
+        alpha: strength, > 0.
+        bounds: `(low, high)`, the smallest and the largest multiplier, 0 < low <= 1 <= high.
+        ramp: 0 (all multipliers are 1) to 1 (the full rule).
+
+    Returns:
+        The multipliers, (L,). A layer without a positive, finite E gets 1 and does not count in the mean.
+
+    Example:
+        >>> snr_multipliers(torch.tensor([0.8, 0.2]), torch.ones(2), 1.0, (0.1, 10.0))
+        tensor([2.0000, 0.5000])
+    """
+    signal = torch.maximum(mean_sq, VARIANCE_FLOOR * second)
+    x = alpha / 2 * torch.log(signal / gradient_variance(mean_sq, second))
+    return _centred(x, _known(mean_sq, second), bounds, ramp)
+
+
+def element_variance(grad_sum: Tensor, grad_sq: Tensor, numel: Tensor) -> Tensor:
+    """Return the unbiased variance over the elements of each layer's gradient, as `torch.var` gives it.
+
+    Args:
+        grad_sum: sum of the gradient's elements, (L,).
+        grad_sq: sum of their squares, (L,).
+        numel: number of elements, (L,), >= 2.
+
+    Example:
+        >>> element_variance(torch.tensor([3.0]), torch.tensor([5.0]), torch.tensor([2.0]))  # elements 1 and 2
+        tensor([0.5000])
+    """
+    return ((grad_sq - grad_sum**2 / numel) / (numel - 1)).clamp(min=0)
+
+
+def article_multipliers(variance: Tensor) -> Tensor:
+    """Return `1 + 0.5 (1 - exp(-0.1 Var))`, in [1, 1.5]; it is 1.000 for the variances of real gradients.
+
+    Args:
+        variance: variance over the elements of each layer's gradient, (L,), >= 0.
+
+    Example:
+        >>> article_multipliers(torch.tensor([0.0, 1e-3, 1e9]))
+        tensor([1.0000, 1.0000, 1.5000])
+    """
+    return 1 - 0.5 * torch.expm1(-0.1 * variance)
+
+
+def _known(mean_sq: Tensor, second: Tensor) -> Tensor:
+    return (second > 0) & torch.isfinite(second) & torch.isfinite(mean_sq)
+
+
+def _centred(x: Tensor, known: Tensor, bounds: tuple[float, float], ramp: float) -> Tensor:
+    """Return exp of x about its mean over the known layers, bounded; 1 for the others."""
+    x = torch.where(known, x, torch.zeros_like(x))
     mean = x.sum() / known.sum().clamp(min=1)
     exponent = ramp * (x - mean).clamp(math.log(bounds[0]), math.log(bounds[1]))
-    return torch.where(known, torch.exp(exponent), torch.ones_like(second))
+    return torch.where(known, torch.exp(exponent), torch.ones_like(x))

@@ -1,3 +1,4 @@
+import inspect
 import math
 from functools import partial
 from pathlib import Path
@@ -170,23 +171,30 @@ def test_logs_at_the_steps_of_the_other_metrics_and_sums_up(monkeypatch):
     theirs = [step for step, row in logger.rows if "train/loss" in row]
     assert [step for step, _ in ours] == [4, 9, 14, 19] == sorted(set(theirs))  # 24 steps, every fifth
     for step, row in ours:
-        assert row == {f"layer_lr/{k}": v for k, v in recorder.multipliers[2 * step].items()}
+        assert {k: row[k] for k in row if k.startswith("layer_lr/")} == {
+            f"layer_lr/{k}": v for k, v in recorder.multipliers[2 * step].items()
+        }
     assert all(type(v) is float for _, row in ours for v in row.values())
     last = recorder.multipliers[-1]
     low, high = min(last, key=last.get), max(last, key=last.get)
-    assert said == [f"DynamicLayerLR: 3 layers, multipliers from {last[low]:.3g} ({low}) to {last[high]:.3g} ({high})"]
+    ratio = last["net.0"] / ((last["net.4"] + last["net.7"]) / 2)
+    assert said == [
+        f"DynamicLayerLR: 3 layers, multipliers from {last[low]:.3g} ({low}) to {last[high]:.3g} ({high}); "
+        f"convolutions have {ratio:.2f} times the mean of fully connected layers"
+    ]
 
 
 @pytest.mark.parametrize(
     ("callback", "options", "reason"),
     [
         (DynamicLayerLR(include=["net.0.*"]), {}, "there is one layer"),
+        (DynamicLayerLR(groups=lambda name: "all"), {}, "all layers are in one group"),
         (DynamicLayerLR(include=["net.1.*"]), {}, "no optimizer holds a weight"),
         (DynamicLayerLR(), {}, "first change after 20 optimizer steps, and there were 6"),
         (DynamicLayerLR(every=1, warmup=0, alpha=1e-6), {}, "every multiplier stayed within 1% of 1 for 6"),
         (DynamicLayerLR(), {"max_steps": 0}, "first change after 20 optimizer steps, and there were 0"),
     ],
-    ids=["one-layer", "no-layer", "short", "flat", "max-steps-0"],
+    ids=["one-layer", "one-group", "no-layer", "short", "flat", "max-steps-0"],
 )
 def test_no_effect_is_said(callback, options, reason):
     with pytest.warns(NoEffectWarning, match=reason):
@@ -212,7 +220,7 @@ def test_refuses_what_cannot_work():
         trainer_of(DynamicLayerLR(include=["backbone.*"])).fit(User(), images())
     trainer, callback, module = trainer_of(DynamicLayerLR()), DynamicLayerLR(), User()
     trainer.strategy.__class__ = type("Parts", (FSDPStrategy,), {})
-    with pytest.raises(ConfigError, match="can't work with Parts, which gives each rank parts of a layer"):
+    with pytest.raises(ConfigError, match="can't work with Parts, which gives each rank parts of a layer that"):
         callback.on_fit_start(trainer, module)
 
 
@@ -225,6 +233,13 @@ def test_refuses_what_cannot_work():
         ({"every": 0}, "every is 0; expected a number of optimizer steps >= 1"),
         ({"ema": 1.0}, r"ema is 1.0; expected a decay in \[0, 1\)"),
         ({"warmup": -1}, "warmup is -1"),
+        ({"rule": "fisher"}, "rule is 'fisher'; expected one of variance, trust, snr, article"),
+        ({"trust": 0.5}, "trust is 0.5, but rule='variance' does not use it; use rule='trust'"),
+        ({"trust": 1.0, "rule": "snr"}, "use rule='trust'"),
+        ({"trust": -1.0, "rule": "trust"}, "trust is -1.0; expected a number >= 0"),
+        ({"alpha": 1.0, "rule": "article"}, "alpha is 1.0, but rule='article' has none"),
+        ({"bounds": (0.4, 2.3), "rule": "article"}, "bounds is .* but rule='article' has none"),
+        ({"groups": "stage"}, "groups is 'stage'; expected 'layer', 'block' or a function"),
         ({"exclude": "head.*"}, r"exclude is the string 'head.\*'; expected a list"),
     ],
 )
@@ -233,16 +248,32 @@ def test_arguments_are_checked(arguments, text):
         DynamicLayerLR(**arguments)
 
 
-def test_preset_builds_the_defaults(monkeypatch):
+def from_command_line(monkeypatch, *args):
     monkeypatch.setattr("sys.argv", ["fit"])
     cli = LightningCLI(
         User,
         run=False,
         save_config_callback=None,
         seed_everything_default=False,
-        args=["--config", str(ROOT / "callbacks" / "layer_lr.yaml"), "--trainer.logger=false"],
+        args=["--config", str(ROOT / "callbacks" / "layer_lr.yaml"), "--trainer.logger=false", *args],
     )
     (built,) = (c for c in cli.trainer.callbacks if isinstance(c, DynamicLayerLR))
-    default = DynamicLayerLR()
-    for name in ("alpha", "bounds", "every", "ema", "warmup", "include", "exclude"):
+    return built
+
+
+ARGUMENTS = ("rule", "alpha", "trust", "bounds", "every", "ema", "warmup", "groups", "fade", "include", "exclude")
+
+
+def test_preset_builds_the_defaults(monkeypatch):
+    assert set(ARGUMENTS) == set(inspect.signature(DynamicLayerLR).parameters)
+    built, default = from_command_line(monkeypatch), DynamicLayerLR()
+    for name in ARGUMENTS:
         assert getattr(built, name) == getattr(default, name)
+    assert built.bounds == (0.4, 2.3)
+
+
+def test_all_arguments_are_taken_from_the_command_line(monkeypatch):
+    options = {"rule": "trust", "trust": 0.5, "groups": "block", "fade": "true"}
+    built = from_command_line(monkeypatch, *(f"--trainer.callbacks.init_args.{k}={v}" for k, v in options.items()))
+    assert (built.rule, built.trust, built.groups, built.fade) == ("trust", 0.5, "block", True)
+    assert built.bounds == (0.1, 10.0)

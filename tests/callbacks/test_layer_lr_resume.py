@@ -4,8 +4,9 @@ from pathlib import Path
 import lightning.pytorch as pl
 import pytest
 import torch
-from layer_lr_cases import LAYERS, RULE, SGD_MOMENTUM, Recorder, User, images, same_state, trainer_of
+from layer_lr_cases import LAYERS, ONE_CYCLE, RULE, SGD_MOMENTUM, Recorder, User, images, same_state, trainer_of
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import nn
 from torch.optim import AdamW
 from torch.utils.data import DataLoader, DistributedSampler
@@ -17,14 +18,23 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 
-@pytest.mark.parametrize("make", [SGD_MOMENTUM, AdamW], ids=["sgd", "adamw"])
-def test_resume_is_bit_equal(make, tmp_path):
-    whole, straight = User(make), DynamicLayerLR(**RULE)
+@pytest.mark.parametrize(
+    ("make", "scheduler", "options"),
+    [
+        (SGD_MOMENTUM, None, {}),
+        (AdamW, ONE_CYCLE, {"rule": "trust", "fade": True, "groups": "block"}),
+        (SGD_MOMENTUM, None, {"rule": "snr"}),
+    ],
+    ids=["sgd", "adamw-trust-fade", "snr"],
+)
+def test_resume_is_bit_equal(make, scheduler, options, tmp_path):
+    options = {**RULE, **options}
+    whole, straight = User(make, scheduler), DynamicLayerLR(**options)
     trainer_of(straight, epochs=6).fit(whole, images())
 
     saver = ModelCheckpoint(tmp_path, filename="half", every_n_epochs=3, save_top_k=-1)
-    half = trainer_of(DynamicLayerLR(**RULE), saver, epochs=3)
-    half.fit(User(make), images())
+    half = trainer_of(DynamicLayerLR(**options), saver, epochs=3)
+    half.fit(User(make, scheduler), images())
     path = tmp_path / "half.ckpt"
     state = torch.load(path, weights_only=True)["callbacks"]["DynamicLayerLR"]
     assert state["optimizers"][0]["steps"] == 18
@@ -34,11 +44,54 @@ def test_resume_is_bit_equal(make, tmp_path):
     after = torch.load(tmp_path / "after.ckpt", weights_only=True)["callbacks"]["DynamicLayerLR"]
     assert same_state(after, state)
 
-    resumed, callback = User(make), DynamicLayerLR(**RULE)
+    resumed, callback = User(make, scheduler), DynamicLayerLR(**options)
     trainer_of(callback, epochs=6).fit(resumed, images(), ckpt_path=path)
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
     assert same_state(callback.state_dict(), straight.state_dict())
-    trainer_of(epochs=4).fit(User(make), images(), ckpt_path=path)  # loads without the callback
+    trainer_of(epochs=4).fit(User(make, scheduler), images(), ckpt_path=path)  # loads without the callback
+
+
+def test_a_checkpoint_from_before_rules_goes_on(tmp_path):
+    whole = User()
+    trainer_of(DynamicLayerLR(**RULE), epochs=6).fit(whole, images())
+    half = trainer_of(DynamicLayerLR(**RULE), epochs=3)
+    half.fit(User(), images())
+    half.save_checkpoint(tmp_path / "half.ckpt")
+    checkpoint = torch.load(tmp_path / "half.ckpt", weights_only=True)
+    (state,) = checkpoint["callbacks"]["DynamicLayerLR"]["optimizers"]
+    for key in ("range", "readings", "fade", "history"):
+        del state[key]
+    del state["reading"]["rows"]
+    state["largest_change"] = 0.5
+    torch.save(checkpoint, tmp_path / "old.ckpt")
+    resumed = User()
+    trainer_of(DynamicLayerLR(**RULE), epochs=6).fit(resumed, images(), ckpt_path=tmp_path / "old.ckpt")
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
+    other = trainer_of(DynamicLayerLR(**RULE, rule="trust", fade=True), epochs=6)
+    with pytest.warns(UserWarning, match="from a checkpoint without the largest rate so far"):
+        other.fit(User(), images(), ckpt_path=tmp_path / "old.ckpt")
+
+
+class RestoresLate(SingleDeviceStrategy):
+    """Hands callbacks their state after `on_fit_start`, as ModelParallelStrategy does."""
+
+    @property
+    def restore_checkpoint_after_setup(self):
+        return True
+
+
+def test_a_strategy_that_restores_after_setup_resumes_bit_equal(tmp_path):
+    whole, straight = User(), DynamicLayerLR(**RULE, fade=True)
+    trainer_of(straight, epochs=6).fit(whole, images())
+    half = trainer_of(DynamicLayerLR(**RULE, fade=True), epochs=3)
+    half.fit(User(), images())
+    half.save_checkpoint(tmp_path / "half.ckpt")
+    resumed, callback = User(), DynamicLayerLR(**RULE, fade=True)
+    trainer_of(callback, epochs=6, strategy=RestoresLate("cpu")).fit(
+        resumed, images(), ckpt_path=tmp_path / "half.ckpt"
+    )
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
+    assert same_state(callback.state_dict(), straight.state_dict())
 
 
 def test_resume_with_other_layers_matches_by_name(tmp_path):

@@ -1,0 +1,119 @@
+"""How the statistics of the layers become multipliers."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ds_lightning.errors import ConfigError
+from ds_lightning.functional.gradient_statistics import (
+    article_multipliers,
+    element_variance,
+    snr_multipliers,
+    trust_multipliers,
+    variance_multipliers,
+)
+
+RuleName = Literal["variance", "trust", "snr", "article"]
+RULES = ("variance", "trust", "snr", "article")
+_BOUNDS = (0.4, 2.3)
+_TRUST_BOUNDS = (0.1, 10.0)  # weights of layers differ in size by more than their gradients' noise
+
+
+@dataclass(frozen=True)
+class VarianceRule:
+    """How statistics become multipliers; the names are DynamicLayerLR's arguments."""
+
+    alpha: float
+    bounds: tuple[float, float]
+    every: int
+    ema: float
+    warmup: int
+    name: RuleName = "variance"
+    trust: float = 0.0
+    fade: bool = False
+
+    @property
+    def first_change(self) -> int:
+        """The optimizer step after which multipliers may differ from 1 for the first time."""
+        return self.every if self.name == "article" else 2 * self.every
+
+    @property
+    def extra_rows(self) -> tuple[str, ...]:
+        """What the rule reads beside the norms of gradients and momenta."""
+        return {"trust": ("weight",), "article": ("sum",)}.get(self.name, ())
+
+    def ramp(self, step: int) -> float:
+        """Return 0 before the first reading counts, 1 from step `warmup` on, linear between."""
+        if step < self.every:
+            return 0.0
+        return 1.0 if step >= self.warmup else (step - self.every) / (self.warmup - self.every)
+
+    def multipliers(
+        self, moments: Tensor, known: Tensor, rows: dict[str, Tensor], numel: Tensor, group: Sequence[int], step: int
+    ) -> list[float]:
+        """Return the multiplier of each layer.
+
+        Args:
+            moments: the averages A and E, (2, L), float64 on the host.
+            known: whether a layer has averages, (L,); the others don't count in their group.
+            rows: what the last reading says of each layer, (L,): `weight` and `gradient` are norms, `sum` is the sum
+                of the gradient's elements; NaN where there is none.
+            numel: number of weights of each layer, (L,), float64.
+            group: number of each layer's group, counted from 0; layers of one group are added up.
+            step: optimizer steps so far.
+        """
+        index = torch.tensor(group, dtype=torch.long)
+        count = max(group, default=-1) + 1
+        if self.name == "article":
+            # As it is printed: of the last gradient, without averages, bounds, centre or ramp.
+            known = torch.isfinite(rows["gradient"]) & torch.isfinite(rows["sum"])
+
+        def added(values: Tensor) -> Tensor:
+            values = torch.where(known, values, torch.zeros_like(values))
+            return values.new_zeros(count).index_add_(0, index, values)
+
+        size = added(numel).clamp(min=1)
+        a, e = added(moments[0]), added(moments[1])
+        match self.name:
+            case "article":
+                variance = element_variance(added(rows["sum"]), added(rows["gradient"] ** 2), size.clamp(min=2))
+                m = article_multipliers(variance)
+            case "snr":
+                m = snr_multipliers(a, e, self.alpha, self.bounds, self.ramp(step))
+            case "trust":
+                weight_sq = added(rows["weight"] ** 2)
+                m = trust_multipliers(a, e, size, weight_sq, self.alpha, self.bounds, self.trust, self.ramp(step))
+            case "variance":
+                m = variance_multipliers(a, e, size, self.alpha, self.bounds, self.ramp(step))
+        found: list[float] = m[index].tolist()
+        return found
+
+
+def checked_rule(
+    rule: str, alpha: float | None, trust: float | None, bounds: Sequence[float] | None
+) -> tuple[float, tuple[float, float]]:
+    """Check the arguments that depend on each other; return trust and bounds, with their defaults filled in.
+
+    Raises:
+        ConfigError: a value out of range, or one that the rule does not use.
+    """
+    if rule not in RULES:
+        raise ConfigError(f"rule is {rule!r}; expected one of {', '.join(RULES)}")
+    if alpha is not None and not 0 < alpha < math.inf:
+        raise ConfigError(f"alpha is {alpha}; expected a number > 0, or None for the optimizer's default")
+    if trust is not None and not 0 <= trust < math.inf:
+        raise ConfigError(f"trust is {trust}; expected a number >= 0, or None for the rule's default")
+    if trust and rule != "trust":
+        raise ConfigError(f"trust is {trust}, but rule={rule!r} does not use it; use rule='trust', or leave trust out")
+    if bounds is not None and (len(bounds) != 2 or not 0 < bounds[0] <= 1 <= bounds[1] < math.inf):
+        raise ConfigError(f"bounds is {bounds}; expected (low, high) with 0 < low <= 1 <= high")
+    if rule == "article":
+        for name, value in (("alpha", alpha), ("bounds", bounds)):
+            if value is not None:
+                raise ConfigError(f"{name} is {value}, but rule='article' has none; leave {name} out")
+    low, high = bounds or (_TRUST_BOUNDS if rule == "trust" else _BOUNDS)
+    return (1.0 if trust is None else float(trust)) if rule == "trust" else 0.0, (float(low), float(high))
