@@ -1,7 +1,7 @@
 """Encoders of several modalities and what joins them: attention, the mean of their logits, or one of them."""
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from torch import Tensor, nn
 
@@ -37,7 +37,8 @@ class FusionNetwork(nn.Module):
         modalities: names of the columns of a batch's `present`.
         num_classes: C.
         attention: options of `CrossModalFusion`; None: the mean of the logits of each modality alone.
-        heads: whether there are heads for each modality alone; the mean can't do without.
+        heads: whether there are heads for each modality alone; the mean and `skip` can't do without.
+        skip: whether the mean of the logits of each modality alone is added to what the fused token says.
     """
 
     def __init__(
@@ -47,14 +48,20 @@ class FusionNetwork(nn.Module):
         num_classes: int,
         attention: dict[str, Any] | None,
         heads: bool,
+        skip: bool = False,
     ) -> None:
         super().__init__()
+        self.skip = skip
         self.modalities, self.used = modalities, tuple(encoders)
         self.encoders = nn.ModuleDict(encoders)
         dims = {name: encoder.num_features for name, encoder in encoders.items()}
         self.attention = None if attention is None else CrossModalFusion(dims, **attention)
         self.head = None if self.attention is None else nn.Linear(self.attention.num_features, num_classes)
         self.heads = ModalityHeads(dims, num_classes) if heads else None
+        if skip and self.head is not None:
+            # Training begins with late fusion, and attention learns what that leaves.
+            nn.init.zeros_(self.head.weight)
+            nn.init.zeros_(self.head.bias)
 
     def encode(self, batch: Mapping[str, Tensor]) -> Encoded:
         """Run the encoders, each on the samples that have its modality."""
@@ -78,15 +85,18 @@ class FusionNetwork(nn.Module):
             chosen: (B, M) bool that takes the place of `present`.
             names: modalities that are looked at; None: all.
         """
+        fused: Tensor | None = None
         if self.attention is not None and self.head is not None:
             tokens = encoded.tokens if names is None else {name: encoded.tokens[name] for name in names}
             there = encoded.present if chosen is None and not encoded.complete else chosen
-            logits: Tensor = self.head(self.attention(tokens, there).fused)
-            return logits
+            fused = cast(Tensor, self.head(self.attention(tokens, there).fused))
+            if not self.skip:
+                return fused
         assert encoded.alone is not None
         there = encoded.present if chosen is None else chosen
         columns = [number for number, name in enumerate(self.used) if names is None or name in names]
-        return mean_of_present(encoded.alone[:, columns], there[:, columns])
+        late = mean_of_present(encoded.alone[:, columns], there[:, columns])
+        return late if fused is None else late + fused
 
     def attended(self, batch: Mapping[str, Tensor]) -> FusionAttention:
         """Return who attends to whom in a batch, in every layer."""

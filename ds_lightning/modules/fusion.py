@@ -71,6 +71,8 @@ class MultimodalFusion(NetworkModule):
         dropout: in it, in [0, 1).
         modality_dropout: probability of hiding each modality of a sample from the fusion in training, never the last
             one, in [0, 1).
+        skip: whether, with `cross`, the logits of late fusion are added to what attention says, so that it has only the
+            rest to learn; the attention's own begin at zero.
         auxiliary: weight of the mean loss of a linear classifier on each modality that a sample has, at least 0.
         subsets: whether to evaluate subsets; there are 2^M - 1, and each runs the fusion again, the encoders not.
         freeze: modalities whose encoder is left as it is, in eval mode.
@@ -108,6 +110,7 @@ class MultimodalFusion(NetworkModule):
         heads: int = 4,
         dropout: float = 0.1,
         modality_dropout: float = 0.2,
+        skip: bool = True,
         auxiliary: float = 0.3,
         subsets: bool = True,
         freeze: tuple[str, ...] = (),
@@ -135,7 +138,7 @@ class MultimodalFusion(NetworkModule):
         self.used = (single or self.modalities[0],) if fusion == "single" else self.modalities
         self._given, self._freeze = encoders, freeze
         self._options = {name: dict((encoder_options or {}).get(name, {})) for name in self.modalities}
-        self._attention = None
+        self._attention, self._skip = None, skip and fusion == "cross"
         if fusion == "cross":
             self._attention = {"width": width, "depth": depth, "heads": heads, "dropout": dropout}
         self._optimizer, self._lr_scheduler = optimizer, lr_scheduler
@@ -161,8 +164,8 @@ class MultimodalFusion(NetworkModule):
             self.num_classes = int(self._from_data("num_classes"))
         check_classes(self.num_classes, self.multilabel)
         encoders = {name: self._encoder(name) for name in self.used}
-        heads = self.fusion != "cross" or self.auxiliary > 0
-        self.network = FusionNetwork(encoders, self.modalities, self.num_classes, self._attention, heads)
+        heads = self.fusion != "cross" or self.auxiliary > 0 or self._skip
+        self.network = FusionNetwork(encoders, self.modalities, self.num_classes, self._attention, heads, self._skip)
         metrics = (self.used, self.num_classes, self.multilabel, self.subsets)
         self.val_metrics, self.test_metrics = SubsetMetrics(*metrics), SubsetMetrics(*metrics)
         self.hparams["num_classes"], self.hparams["encoder_options"] = self.num_classes, self._options
