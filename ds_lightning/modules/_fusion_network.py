@@ -81,7 +81,7 @@ class FusionNetwork(nn.Module):
         if self.attention is not None and self.head is not None:
             tokens = encoded.tokens if names is None else {name: encoded.tokens[name] for name in names}
             there = encoded.present if chosen is None and not encoded.complete else chosen
-            logits: Tensor = self.head(self.attention(tokens, there).fused)
+            logits: Tensor = self.head(self.attention(tokens, there))
             return logits
         assert encoded.alone is not None
         there = encoded.present if chosen is None else chosen
