@@ -1,21 +1,52 @@
 """`ds-lightning fit`, `validate`, `test` and `predict`: what they add to Lightning's CLI."""
 
+from argparse import ArgumentError
 from collections.abc import Iterable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import yaml
 
+from ds_lightning.checkpoint_reader import read_outline
 from ds_lightning.errors import ConfigError
 from ds_lightning.logged_config import tracker_entries
+from ds_lightning.parser_messages import plain_message
 from ds_lightning.resume import UnfinishedRun, find_unfinished
 from ds_lightning.training import SAFEGUARDS, Resolver, TrainingCLI, dump
+
+
+class CheckpointCLI(TrainingCLI):
+    """Gives the module the options that are in the checkpoint, also in one that a Python script has saved."""
+
+    def _parse_ckpt_path(self) -> None:
+        options = self.config[self.config["subcommand"]]
+        path = options.get("ckpt_path")
+        saved = read_outline(path).content if path and Path(path).is_file() else None
+        given = saved.get("hyper_parameters") if isinstance(saved, dict) else None
+        try:
+            # A script saves the options without the class, and Lightning would take it for the base class.
+            if given and "_class_path" not in given:
+                entry = {"class_path": options["model"]["class_path"], "init_args": dict(given)}
+                self.config = self.parser.parse_object({self.config["subcommand"]: {"model": entry}}, self.config)
+            else:
+                super()._parse_ckpt_path()
+        except ArgumentError as error:
+            raise ConfigError(
+                f"the options in checkpoint {path} don't fit: {plain_message(error)}; give --model the class that it "
+                "was saved from"
+            ) from error
+
+
+class _CallbackResolver(Resolver):
+    """Parses the words for what they say about callbacks, about which a checkpoint says nothing."""
+
+    def _parse_ckpt_path(self) -> None: ...
 
 
 def run_training_command(argv: list[str]) -> int:
     """Run `fit`, `validate`, `test` or `predict` with the rest of the words as Lightning's CLI takes them."""
     if argv[0] != "fit":
-        TrainingCLI(argv)
+        CheckpointCLI(argv)
         return 0
     words, resumes, run_id = _without_resume(argv[1:])
     resumed = _find_resumed(words, run_id) if resumes else None
@@ -26,7 +57,7 @@ def run_training_command(argv: list[str]) -> int:
             path = Path(folder, "config.yaml")
             path.write_text(yaml.safe_dump(resumed.config, sort_keys=False))
             words = [f"--config={path}", *words]
-        TrainingCLI(["fit", *words, *_safeguards(words)], resumed=resumed)
+        CheckpointCLI(["fit", *words, *_safeguards(words)], resumed=resumed)
     return 0
 
 
@@ -75,7 +106,7 @@ def _safeguards(words: list[str]) -> list[str]:
     asks = ("--print_config", "--help", "-h")
     if any(word.startswith("--") and ".help" in word for word in words) or any(word in words for word in asks[1:]):
         return []
-    cli = Resolver(["fit", *(word for word in words if not word.startswith(asks[0]))])
+    cli = _CallbackResolver(["fit", *(word for word in words if not word.startswith(asks[0]))])
     config = yaml.safe_load(cli.parser.dump(cli.config, skip_unset=False))["fit"]
     if not config["safeguards"] or config["trainer"].get("fast_dev_run"):
         return []

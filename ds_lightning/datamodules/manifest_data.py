@@ -66,6 +66,28 @@ class ManifestData:
             self.take("train", path, rows, names)
         return bool(arrivals)
 
+    def agree(self) -> None:
+        """Leave out what any process of a distributed run can't use, such as a file that came too late for one.
+
+        Each decodes for itself. With other rows left out, they would take different numbers of steps, and wait for
+        each other for ever.
+
+        Raises:
+            DataError: the processes have found different numbers of rows.
+        """
+        mine = [(len(part.rows), part.broken) for part in self.store.parts]
+        all_of_them: list[list[tuple[int, dict[int, str]]]] = [mine] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(all_of_them, mine)
+        if any([size for size, _ in theirs] != [size for size, _ in mine] for theirs in all_of_them):
+            raise DataError(
+                "the processes have read manifests of different lengths; expected the same files for all of them, that "
+                "nobody writes to"
+            )
+        for theirs in all_of_them:
+            for part, (_, broken) in zip(self.store.parts, theirs, strict=True):
+                for row, reason in broken.items():
+                    part.broken.setdefault(row, reason)
+
     def take(self, split: str, path: str | Path, rows: list[Row], names: list[str] | None = None) -> None:
         """Decode rows of a manifest.
 

@@ -5,25 +5,22 @@ from typing import Any, Literal, TypeVar
 
 import lightning.pytorch as L
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ds_lightning.errors import ConfigError, DataError
 
-from .length_buckets import LengthBuckets, relative_lengths
-from .loaders import batch_loader, training_order
 from .manifest_columns import AudioColumn, Column, ImageColumn, TextColumn
 from .manifest_data import ManifestData, Split
+from .manifest_loaders import ManifestLoaders, replicas_of
 from .manifest_schema import Schema
 from .manifest_statistics import Statistics
 from .manifest_store import ManifestStore
 from .manifest_text import ManifestText
 from .manifest_values import Decoder, Tokenizer
 from .manifest_watch import FolderWatch
-from .multimodal_batches import Batch, MultimodalSamples, sample_shapes
+from .multimodal_batches import Batch, sample_shapes
 from .multimodal_device import DeviceStep
 from .spec_augment import SpecAugment
-from .streams import next_epoch
 from .transforms import Transform
 
 _STATISTICS_OF = 1000
@@ -216,8 +213,9 @@ class MultimodalManifest(L.LightningDataModule):
                 elif path is not None:
                     data.read(split, path)
             self._data = data
+            self._agree()
             self._arrange()
-        self.device_step.set_rank(self._replicas()["rank"])
+        self.device_step.set_rank(replicas_of(self.trainer)["rank"])
 
     @property
     def vocabulary(self) -> Tokenizer | None:
@@ -248,38 +246,22 @@ class MultimodalManifest(L.LightningDataModule):
         """The shuffled training rows; each process of a distributed run gets its share."""
         if self._watcher is not None:
             self._look_again()
-        split = self._split("train")
-        replicas = self._replicas()
-        if self.drop_last and len(split.rows) // replicas["num_replicas"] < self.batch_size:
-            raise DataError(
-                f"{len(split.rows)} training rows are too few for a batch of batch_size {self.batch_size} a process; "
-                "make it smaller, or set drop_last to false"
-            )
-        data = self._samples(split, transform=self.transform, spec_augment=self.spec_augment)
-        lengths = relative_lengths({name: self._lengths(name, split) for name in ("text", "audio", "series")})
-        # Lightning puts an order of single samples in the place of ours to overfit.
-        if not self.bucket or lengths is None or getattr(self.trainer, "overfit_batches", 0) > 0:
-            sampler = training_order(data, self.trainer, self.seed, data.epoch)
-            return self._loader(data, sampler=sampler, drop_last=self.drop_last)
-        buckets = LengthBuckets(
-            lengths,
-            self.batch_size,
-            seed=self.seed,
+        return self._loaders("train").training(
+            self._splits["train"],
+            self.trainer,
+            bucket=self.bucket,
             drop_last=self.drop_last,
-            epoch_cell=data.epoch,
-            **replicas,
+            transform=self.transform,
+            spec_augment=self.spec_augment,
         )
-        if self.trainer is not None:
-            buckets.set_epoch(next_epoch(self.trainer))
-        return self._loader(data, batch_size=None, sampler=buckets)
 
     def val_dataloader(self) -> DataLoader[Any]:
         """The validation rows, in order."""
-        return self._loader(self._samples(self._split("val")))
+        return self._loaders("val").in_order(self._splits["val"])
 
     def test_dataloader(self) -> DataLoader[Any]:
         """The test rows, in order."""
-        return self._loader(self._samples(self._split("test")))
+        return self._loaders("test").in_order(self._splits["test"])
 
     def predict_dataloader(self) -> DataLoader[Any]:
         """The test rows, in order."""
@@ -301,9 +283,9 @@ class MultimodalManifest(L.LightningDataModule):
     def _training(self) -> bool:
         return self.trainer is not None and self.trainer.training
 
-    def _replicas(self) -> dict[str, int]:
-        found = None if self.trainer is None else self.trainer.distributed_sampler_kwargs
-        return found or {"num_replicas": 1, "rank": 0}
+    def _agree(self) -> None:
+        if self.trainer is not None and self.trainer.world_size > 1 and torch.distributed.is_initialized():
+            self.data.agree()
 
     def _arrange(self) -> None:
         """Split the rows, and count and measure what the state doesn't have."""
@@ -333,44 +315,17 @@ class MultimodalManifest(L.LightningDataModule):
                 "watch needs Trainer(reload_dataloaders_every_n_epochs=1), or what comes would never be looked for"
             )
         if self._look(self.data, self._watcher):
+            self._agree()
             self._arrange()
 
-    def _lengths(self, name: str, split: Split) -> Tensor:
-        """Return the lengths of a modality, of texts about those in tokens."""
-        if name not in self.modalities:
-            return torch.zeros(len(split.rows))
-        length = self.data.store.lengths(name)[split.rows]
-        return length if name != "text" or self._text is None else self._text.lengths(length)
-
-    def _split(self, name: str) -> Split:
-        if name not in self._splits:
-            if self._data is None:
-                raise DataError(_NO_DATA)
-            raise DataError(f"there are no rows for {name}; give {name}_path")
-        return self._splits[name]
-
-    def _samples(self, split: Split, **options: Any) -> MultimodalSamples:
+    def _loaders(self, split: str) -> ManifestLoaders:
+        """Return what makes the loaders, with the sizes of now, for a split that is there."""
+        data = self.data
+        if split not in self._splits:
+            raise DataError(f"there are no rows for {split}; give {split}_path")
         assert self._statistics is not None
-        return MultimodalSamples(
-            self.data.store.fetch,
-            split.rows,
-            split.labels,
-            self.input_shapes,
-            self._statistics,
-            encode=None if self._text is None else self._text.encode,
-            seed=self.seed,
-            **options,
-        )
-
-    def _loader(self, data: MultimodalSamples, *, batch_size: int | None = 0, **options: Any) -> DataLoader[Any]:
-        return batch_loader(
-            data,
-            self.batch_size if batch_size == 0 else batch_size,
-            seed=self.seed,
-            num_workers=self.num_workers,
-            pin_memory=self.pin_memory,
-            **options,
-        )
+        sizes = (self.batch_size, self.num_workers, self.seed, self.pin_memory)
+        return ManifestLoaders(self.schema, data.store, self._statistics, self._text, *sizes)
 
 
 def _column(schema: Schema, kind: type[_Kind]) -> _Kind | None:

@@ -45,10 +45,13 @@ class FolderTokenizer:
         return int(self._tokenizer.get_vocab_size())
 
     def encode(self, text: str, max_length: int | None = None) -> list[int]:
-        """Return the numbers of a text, cut to `max_length` with the tokenizer's own marks at its ends."""
+        """Return the numbers of a text, cut to `max_length` with the tokenizer's own marks at its ends.
+
+        A text of which nothing is left, such as one of invisible signs without marks, is one padding, 0.
+        """
         if max_length is None:
             self._tokenizer.no_truncation()
         else:
             self._tokenizer.enable_truncation(max_length)
         # Where the marks alone are more than max_length, the package does not cut at all.
-        return list(self._tokenizer.encode(text).ids)[:max_length]
+        return list(self._tokenizer.encode(text).ids)[:max_length] or [0]

@@ -89,7 +89,7 @@ class FusionNetwork(nn.Module):
         if self.attention is not None and self.head is not None:
             tokens = encoded.tokens if names is None else {name: encoded.tokens[name] for name in names}
             there = encoded.present if chosen is None and not encoded.complete else chosen
-            fused = cast(Tensor, self.head(self.attention(tokens, there).fused))
+            fused = cast(Tensor, self.head(self.attention(tokens, there)))
             if not self.skip:
                 return fused
         assert encoded.alone is not None

@@ -13,19 +13,6 @@ from ds_lightning.networks._transformer_block import TransformerBlock
 Tokens = Mapping[str, tuple[Tensor, Tensor | None]]
 
 
-class FusionOutput(NamedTuple):
-    """What the fusion makes of a batch.
-
-    Attributes:
-        fused: (B, width), the fused token after the last layer.
-        pooled: (B, M, width), the mean of each modality's tokens before they see the others: what it says alone.
-            Zero where a modality is absent.
-    """
-
-    fused: Tensor
-    pooled: Tensor
-
-
 class FusionAttention(NamedTuple):
     """Who attends to whom, without dropout, averaged over the heads.
 
@@ -43,7 +30,6 @@ class FusionAttention(NamedTuple):
 class _Joined(NamedTuple):
     hidden: Tensor
     attended: Tensor | None
-    pooled: Tensor
     sizes: dict[str, int]
 
 
@@ -74,7 +60,7 @@ class CrossModalFusion(nn.Module):
     Example:
         >>> fusion = CrossModalFusion({"image": 64, "audio": 32})
         >>> tokens = {"image": (torch.zeros(2, 49, 64), None), "audio": (torch.zeros(2, 13, 32), None)}
-        >>> fusion(tokens, present=torch.tensor([[True, True], [True, False]])).fused.shape
+        >>> fusion(tokens, present=torch.tensor([[True, True], [True, False]])).shape
         torch.Size([2, 128])
     """
 
@@ -99,8 +85,8 @@ class CrossModalFusion(nn.Module):
         self.blocks = nn.ModuleList(TransformerBlock(width, heads, dropout) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
 
-    def forward(self, tokens: Tokens, present: Tensor | None = None) -> FusionOutput:
-        """Fuse the tokens of a batch.
+    def forward(self, tokens: Tokens, present: Tensor | None = None) -> Tensor:
+        """Return the fused token of each sample after the last layer, (B, width).
 
         Args:
             tokens: modality -> tokens (B, N, dims[modality]) and their mask (B, N) bool, True for a real token, or
@@ -111,7 +97,8 @@ class CrossModalFusion(nn.Module):
         hidden = joined.hidden
         for block in self.blocks:
             hidden = block(hidden, joined.attended)
-        return FusionOutput(self.norm(hidden[:, 0]), joined.pooled)
+        fused: Tensor = self.norm(hidden[:, 0])
+        return fused
 
     def attention(self, tokens: Tokens, present: Tensor | None = None) -> FusionAttention:
         """Return the attention of every layer for a batch; the arguments are those of `forward`."""
@@ -137,11 +124,9 @@ class CrossModalFusion(nn.Module):
 
     def _joined(self, tokens: Tokens, present: Tensor | None) -> _Joined:
         batch = self._checked(tokens, present)
-        parts, masks, pooled = [self.fused_token.expand(batch, 1, -1)], [], []
-        sizes = {}
+        parts, masks, sizes = [self.fused_token.expand(batch, 1, -1)], [], {}
         for column, name in enumerate(self.modalities):
             if name not in tokens:
-                pooled.append(self.fused_token.new_zeros(batch, self.num_features))
                 continue
             hidden, real = tokens[name]
             sizes[name] = hidden.shape[1]
@@ -151,9 +136,7 @@ class CrossModalFusion(nn.Module):
             if real is not None:
                 # Before the projection: a NaN there would reach the gradient of its weight.
                 hidden = hidden.masked_fill(~real[..., None], 0.0)
-            hidden = self.projections[name](hidden)
-            pooled.append(_mean(hidden, real))
-            parts.append(hidden + self.modality_embedding[column])
+            parts.append(self.projections[name](hidden) + self.modality_embedding[column])
             masks.append(real)
         attended = None
         if any(mask is not None for mask in masks):
@@ -162,7 +145,7 @@ class CrossModalFusion(nn.Module):
                 for part, mask in zip(parts, [None, *masks], strict=True)
             ]
             attended = torch.cat(filled, dim=1)
-        return _Joined(torch.cat(parts, dim=1), attended, torch.stack(pooled, dim=1), sizes)
+        return _Joined(torch.cat(parts, dim=1), attended, sizes)
 
     def _checked(self, tokens: Tokens, present: Tensor | None) -> int:
         """Return the batch size, after refusing what does not fit."""
@@ -181,12 +164,6 @@ class CrossModalFusion(nn.Module):
             check_mask(real, (batch, hidden.shape[1]), f"the tokens of {name}")
         check_mask(present, (batch, len(self.modalities)), "the modalities that are present")
         return batch
-
-
-def _mean(hidden: Tensor, real: Tensor | None) -> Tensor:
-    if real is None:
-        return hidden.mean(dim=1)
-    return hidden.masked_fill(~real[..., None], 0.0).sum(dim=1) / real.sum(dim=1, keepdim=True).clamp(min=1)
 
 
 def modality_dropout(present: Tensor, p: float, *, generator: torch.Generator | None = None) -> Tensor:

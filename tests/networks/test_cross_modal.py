@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ds_lightning.networks import CrossModalFusion
-from ds_lightning.networks.cross_modal import FusionOutput, modality_dropout
+from ds_lightning.networks.cross_modal import modality_dropout
 
 DIMS = {"image": 6, "audio": 5, "text": 4}
 NAMES = list(DIMS)
@@ -61,13 +61,12 @@ def some_present(rows: int, seed: int) -> Tensor:
 def test_what_is_absent_changes_nothing(lengths: tuple[int, int, int], seed: int) -> None:
     network = small()
     tokens, present = some_tokens(3, seed, lengths), some_present(3, seed)
-    fused, pooled = network(absent_as_nan(tokens, present), present)
+    fused = network(absent_as_nan(tokens, present), present)
     attention = network.attention(absent_as_nan(tokens, present), present)
     for row in range(3):
         there = what_is_there(tokens, present, row)
         alone = network(there)
-        assert torch.allclose(fused[row], alone.fused[0], rtol=0, atol=1e-6)
-        assert torch.allclose(pooled[row], alone.pooled[0], rtol=0, atol=1e-6)
+        assert torch.allclose(fused[row], alone[0], rtol=0, atol=1e-6)
         alone_attention = network.attention(there)
         assert torch.allclose(attention.matrix[row], alone_attention.matrix[0], rtol=0, atol=1e-6)
         for name, (_, mask) in tokens.items():
@@ -78,14 +77,14 @@ def test_what_is_absent_changes_nothing(lengths: tuple[int, int, int], seed: int
                 assert torch.allclose(mine, theirs, rtol=0, atol=1e-6)
 
 
-def some_number(output: FusionOutput, directions: Tensor) -> Tensor:
+def some_number(fused: Tensor, directions: Tensor) -> Tensor:
     # Not the squares: those of a normalised vector have a fixed sum.
-    return (output.fused * directions[0]).sum() + (output.pooled * directions[1:]).sum()
+    return (fused * directions).sum()
 
 
 def test_what_is_absent_changes_no_gradient() -> None:
     tokens, present = some_tokens(4, 1), some_present(4, 1)
-    directions = torch.randn(4, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    directions = torch.randn(16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     doubled = {name: (hidden.double(), mask) for name, (hidden, mask) in absent_as_nan(tokens, present).items()}
     network = small().double()
     inputs = {name: hidden.requires_grad_() for name, (hidden, _) in doubled.items()}
@@ -107,9 +106,7 @@ def test_a_modality_that_nobody_has_may_be_left_out() -> None:
     left_out = {name: tokens[name] for name in ("text", "image")}
     for present_there in (None, present):
         mine, theirs = network(left_out, present_there), network(tokens, present)
-        assert torch.allclose(mine.fused, theirs.fused, rtol=0, atol=1e-6)
-        assert torch.allclose(mine.pooled, theirs.pooled, rtol=0, atol=1e-6)
-    assert (theirs.pooled[:, 1] == 0).all()
+        assert torch.allclose(mine, theirs, rtol=0, atol=1e-6)
     assert set(network.attention(left_out).tokens) == {"text", "image"}
 
 
@@ -117,9 +114,9 @@ def test_masks_of_nothing_but_true_are_no_masks() -> None:
     network = small()
     bare = {name: (torch.randn(2, 3, size), None) for name, size in DIMS.items()}
     full = {name: (hidden, torch.ones(2, 3, dtype=torch.bool)) for name, (hidden, _) in bare.items()}
-    expected = network(bare).fused
+    expected = network(bare)
     for tokens, present in ((full, None), (bare, torch.ones(2, 3, dtype=torch.bool))):
-        assert torch.allclose(network(tokens, present).fused, expected, rtol=0, atol=1e-6)
+        assert torch.allclose(network(tokens, present), expected, rtol=0, atol=1e-6)
 
 
 def test_a_sample_without_anything_is_finite() -> None:
@@ -127,9 +124,8 @@ def test_a_sample_without_anything_is_finite() -> None:
     tokens = {name: (torch.full((2, 3, size), torch.nan), None) for name, size in DIMS.items()}
     present = torch.zeros(2, 3, dtype=torch.bool)
     output = network(tokens, present)
-    (output.fused.square().sum() + output.pooled.sum()).backward()
-    assert output.fused.isfinite().all()
-    assert (output.pooled == 0).all()
+    output.square().sum().backward()
+    assert output.isfinite().all()
     assert all(parameter.grad.isfinite().all() for parameter in network.parameters())
     # With no key but its own, attention is the value itself.
     network.eval()
@@ -138,7 +134,7 @@ def test_a_sample_without_anything_is_finite() -> None:
         value = block.queries_keys_values(block.attention_norm(hidden)).chunk(3, dim=-1)[2]
         hidden = hidden + block.projection(value)
         hidden = hidden + block.mlp(block.mlp_norm(hidden))
-    assert torch.allclose(network(tokens, present).fused, network.norm(hidden)[0].expand(2, -1), atol=1e-6)
+    assert torch.allclose(network(tokens, present), network.norm(hidden)[0].expand(2, -1), atol=1e-6)
 
 
 def torchs_layer(block: nn.Module, width: int, heads: int) -> nn.TransformerEncoderLayer:
@@ -169,9 +165,6 @@ def test_the_layers_and_the_matrix_are_those_of_torchs_attention() -> None:
     for column, (name, (hidden, mask)) in enumerate(tokens.items()):
         there = mask & present[:, column, None]
         projected = network.projections[name](hidden.nan_to_num())
-        for row in range(3):
-            expected = projected[row][there[row]].mean(0) if there[row].any() else torch.zeros(16)
-            assert torch.allclose(network(tokens, present).pooled[row, column], expected, atol=1e-6)
         parts.append(projected + network.modality_embedding[column])
         real.append(there)
         group += [column + 1] * hidden.shape[1]
@@ -194,7 +187,7 @@ def test_the_layers_and_the_matrix_are_those_of_torchs_attention() -> None:
             columns = [i for i, g in enumerate(group) if g == column + 1]
             assert torch.allclose(found.tokens[name][:, depth], weights[:, 0, columns], atol=1e-6)
         hidden = layer(hidden, src_key_padding_mask=~kept)
-    assert torch.allclose(network(tokens, present).fused, network.norm(hidden[:, 0]), atol=1e-5)
+    assert torch.allclose(network(tokens, present), network.norm(hidden[:, 0]), atol=1e-5)
 
 
 def test_the_rows_of_what_is_present_sum_to_one() -> None:
@@ -217,9 +210,9 @@ def test_what_modalities_say_together_is_learned() -> None:
     label = signs[:, 0] ^ signs[:, 1]
     for _ in range(60):
         optimizer.zero_grad()
-        F.cross_entropy(head(network(tokens).fused), label).backward()
+        F.cross_entropy(head(network(tokens)), label).backward()
         optimizer.step()
-    assert (head(network(tokens).fused).argmax(1) == label).float().mean() > 0.99
+    assert (head(network(tokens)).argmax(1) == label).float().mean() > 0.99
 
 
 def test_half_precision_keeps_the_masks_exact() -> None:
@@ -227,23 +220,22 @@ def test_half_precision_keeps_the_masks_exact() -> None:
     other = {name: (hidden.nan_to_num(7.0), mask) for name, (hidden, mask) in tokens.items()}
     with torch.autocast("cpu", torch.bfloat16):
         mine, theirs = network(absent_as_nan(tokens, present), present), network(other, present)
-    assert torch.equal(mine.fused, theirs.fused)
-    assert torch.equal(mine.pooled, theirs.pooled)
-    assert torch.allclose(mine.fused.float(), network(other, present).fused, atol=0.1)
+    assert torch.equal(mine, theirs)
+    assert torch.allclose(mine.float(), network(other, present), atol=0.1)
 
 
 def test_dropout_differs_in_training_alone() -> None:
     network = small(dropout=0.3)
     tokens = {name: (torch.randn(1, 3, size).expand(2, -1, -1), None) for name, size in DIMS.items()}
-    assert torch.allclose(*network(tokens).fused, atol=1e-6)
-    assert not torch.allclose(*network.train()(tokens).fused, atol=1e-3)
+    assert torch.allclose(*network(tokens), atol=1e-6)
+    assert not torch.allclose(*network.train()(tokens), atol=1e-3)
 
 
 def test_a_copy_from_its_state_is_the_same() -> None:
     network, tokens = small(), some_tokens(2, 6)
     other = CrossModalFusion(DIMS, width=16, heads=2).eval()
     other.load_state_dict(copy.deepcopy(network.state_dict()))
-    assert torch.equal(other(tokens).fused, network(tokens).fused)
+    assert torch.equal(other(tokens), network(tokens))
 
 
 @pytest.mark.parametrize("p", [0.0, 0.3, 1.0])
