@@ -1,6 +1,6 @@
 """Everything that hangs on a network's parameters, when channels leave it or a checkpoint of fewer is loaded."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import lightning.pytorch as pl
@@ -19,6 +19,9 @@ from ._standing_still import StandingStill
 def remove_channels(trainer: pl.Trainer, module: pl.LightningModule, plan: PruningPlan) -> StandingStill:
     """Apply a plan to the module, its optimizers, averages of its weights, DDP, and callbacks and module that ask.
 
+    A module with parameters and buffers of its own that have the network's shapes, such as rates that are learned,
+    adds them to the plan in `extend_pruning_plan(plan)`.
+
     Args:
         trainer: between two batches.
         module: whose names the plan has.
@@ -31,6 +34,8 @@ def remove_channels(trainer: pl.Trainer, module: pl.LightningModule, plan: Pruni
         ConfigError: the plan does not fit the module or a state; nothing is touched.
     """
     plan = with_all_names(module, plan)
+    extend: Callable[[PruningPlan], PruningPlan] | None = getattr(module, "extend_pruning_plan", None)
+    plan = plan if extend is None else extend(plan)
     everything = dict(module.named_parameters(remove_duplicate=False))
     names = {parameter: name for name, parameter in everything.items() if name in plan.shapes}
     slices = OptimizerSlices(trainer.optimizers, names, plan)

@@ -80,6 +80,20 @@ def check_arguments(
         raise ConfigError(f"report_batches is {report_batches}; expected a number of batches >= 0, where 0 is off")
 
 
+def check_alone(trainer: pl.Trainer, kind: type[pl.Callback]) -> None:
+    """Refuse a second pruning callback.
+
+    Raises:
+        ConfigError: the Trainer has more than one.
+    """
+    count = sum(isinstance(callback, kind) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+    if count > 1:
+        raise ConfigError(
+            f"this Trainer has {count} ProgressivePruning, which would share one state and cut into each other's "
+            "network; expected one for all of it, with exclude for what stays, or one fit after the other"
+        )
+
+
 def check_fit(trainer: pl.Trainer, module: pl.LightningModule, path: str | None) -> None:
     """Check the strategy, the Trainer, the optimizers and the module at the start of a fit.
 

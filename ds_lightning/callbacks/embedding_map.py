@@ -99,7 +99,8 @@ class EmbeddingMap(pl.Callback):
 
     def _draw(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         writers = figure_writers(trainer)
-        if not writers:
+        # The features are read together, and the other ranks may have other loggers.
+        if not trainer.strategy.broadcast(bool(writers), src=0):
             if not trainer.fast_dev_run:  # type: ignore[attr-defined]
                 rank_zero_warn("EmbeddingMap drew nothing: no logger has `log_figure`", category=NoEffectWarning)
             return

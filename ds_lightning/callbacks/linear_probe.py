@@ -127,6 +127,11 @@ class LinearProbe(pl.Callback):
         train_loader, held_loader = self._source.loaders(trainer)
         train = self._source.read(trainer, module, train_loader, self.features)
         held = self._source.read(trainer, module, held_loader, self.features)
+        # On every rank, so that none waits for one that has stopped.
+        if not bool(train.features.isfinite().all() & held.features.isfinite().all()):
+            raise ConfigError(
+                f"{self.features!r} gave NaN or infinite features; LinearProbe can't fit them: lower the learning rate"
+            )
         figures: dict[str, float] = {}
         if trainer.is_global_zero:
             with torch.inference_mode(False), torch.no_grad():
@@ -135,10 +140,6 @@ class LinearProbe(pl.Callback):
         module.log_dict(figures, on_step=False, on_epoch=True, batch_size=1, sync_dist=True)
 
     def _figures(self, train: Tensor, label: Tensor, held: Tensor, held_label: Tensor) -> dict[str, float]:
-        if not bool(train.isfinite().all() & held.isfinite().all()):
-            raise ConfigError(
-                f"{self.features!r} gave NaN or infinite features; LinearProbe can't fit them: lower the learning rate"
-            )
         classes = int(torch.maximum(label.max(), held_label.max())) + 1
         classes = max(classes, 2)
         figures: dict[str, float] = {}

@@ -16,8 +16,9 @@ from ds_lightning.networks.pruning_plan import save_plan
 from ._group_lasso import GroupLasso
 from ._log_step import log_step
 from ._pruned_parts import prune_when_loaded, remove_channels
-from ._pruning_checks import Inputs, check_arguments, check_fit, example_inputs, network_at
+from ._pruning_checks import Inputs, check_alone, check_arguments, check_fit, example_inputs, network_at
 from ._pruning_decision import PruningRule
+from ._pruning_monitors import count_afresh, forget_best
 from ._pruning_report import PruningReport, costs
 from ._pruning_schedule import PruningSchedule, schedule_of
 from ._standing_still import StandingStill
@@ -31,10 +32,12 @@ class ProgressivePruning(pl.Callback):
 
     **What it changes.** Parameters and buffers are replaced by smaller ones, and with them what hangs on them: the
     optimizers' parameters and states, DDP, the averages of WeightAveraging and StochasticWeightAveraging, and every
-    callback, and the module, that has `on_channels_removed(trainer, pl_module, plan)`. Schedulers and GradScaler stay
-    as they are. The network's outputs keep their number. The next step is looked at: a parameter that has a gradient
-    and stands still is an error, and so is an old one that gets a gradient. Running statistics of BatchNorm follow by
-    themselves within some ten training steps.
+    callback, and the module, that has `on_channels_removed(trainer, pl_module, plan)`; what follows the network in
+    `extend_pruning_plan(plan)` of the module. EarlyStopping counts afresh after each removal, and
+    `ModelCheckpoint(monitor=...)` looks for its best afresh after the last one; files from before stay. Schedulers and
+    GradScaler stay as they are. The network's outputs keep their number. The next step is looked at: a parameter that
+    has a gradient and stands still is an error, and so is an old one that gets a gradient. Running statistics of
+    BatchNorm follow by themselves within some ten training steps.
 
     **What it logs.** At each removal `pruning/macs` (multiply-accumulates of a sample), `pruning/params`,
     `pruning/macs_share` (of those before the first removal), `pruning/size_mb`, `pruning/latency_ms` (of one sample);
@@ -48,9 +51,9 @@ class ProgressivePruning(pl.Callback):
     epoch's end, with `ExactResume` from any batch (not with `measure="latency"`). Without the callback: modules of
     ds_lightning do it by themselves, others with `load_pruned`.
 
-    **Limits.** Refused: strategies that hold parts of a parameter (FSDP, DeepSpeed, ModelParallel) or spawn or fork
-    their processes (use `ddp` in a script), compiled networks,
-    LBFGS and optimizers with states of other shapes, networks that can't be traced, targets that can't be reached.
+    **Limits.** One in a Trainer. Refused: strategies that hold parts of a parameter (FSDP, DeepSpeed, ModelParallel) or
+    spawn or fork their processes (use `ddp` in a script), compiled networks, LBFGS and optimizers with states of other
+    shapes, networks that can't be traced, targets that can't be reached.
     Checkpoints from before a removal no longer fit the module that is in memory; give a new one. There is no recovery
     beyond training: choose `end` so that enough steps are left.
 
@@ -139,6 +142,7 @@ class ProgressivePruning(pl.Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Forget an earlier fit; get the module ready for a checkpoint with fewer channels."""
+        check_alone(trainer, ProgressivePruning)
         if stage == "fit":
             self._forget()
         self._remove_hooks()
@@ -197,6 +201,9 @@ class ProgressivePruning(pl.Callback):
             with isolate_rng(include_cuda=pl_module.device.type == "cuda"):
                 self._remove(trainer, pl_module, due)
             self._gradients = None
+            assert self._removals is not None
+            if self._made == len(self._removals.steps):
+                forget_best(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Measure once more, and say what came out, or that it was less than what was asked for."""
@@ -281,6 +288,7 @@ class ProgressivePruning(pl.Callback):
         if self._watch is not None:
             self._watch.remove()
         self._watch = remove_channels(trainer, module, plan.under(self.network) if self.network else plan)
+        count_afresh(trainer)
         after, macs = costs(network, self._inputs), self._shares["macs"]
         shares = {measure: share * after[measure] / before[measure] for measure, share in self._shares.items()}
         # Measured, or of other inputs, they differ between ranks, which have to go on together.

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
 from torch import nn
 
 from ds_lightning.errors import ConfigError
@@ -55,6 +56,19 @@ def check_method(
         raise ConfigError(f"hardness is {hardness}; expected at least 0")
     if micro_batch is not None and micro_batch < 1:
         raise ConfigError(f"micro_batch is {micro_batch}; expected at least 1, or nothing")
+
+
+def refuse_sharded(strategy: Strategy) -> None:
+    """Refuse a strategy that gives each rank parts of a parameter.
+
+    Raises:
+        ConfigError: names it.
+    """
+    if isinstance(strategy, DeepSpeedStrategy | FSDPStrategy | ModelParallelStrategy):
+        raise ConfigError(
+            f"ContrastivePretraining is not made for {type(strategy).__name__}: slow encoder and micro-batches need "
+            "whole parameters on each rank; expected strategy='ddp', with micro_batch where memory is short"
+        )
 
 
 def _is_dict(value: Any) -> bool:

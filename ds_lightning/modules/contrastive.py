@@ -13,7 +13,7 @@ from ds_lightning.functional.contrastive import info_nce, nt_xent
 from ds_lightning.functional.gathering import gather_rows
 from ds_lightning.modules._collapse import CollapseWatch
 from ds_lightning.modules._contrastive_batch import VIEWS, sample_ids, single_input, two_sides
-from ds_lightning.modules._contrastive_checks import check_method
+from ds_lightning.modules._contrastive_checks import check_method, refuse_sharded
 from ds_lightning.modules._embedding import embedding_size
 from ds_lightning.modules._heads import without_head
 from ds_lightning.modules._key_queue import KeyQueue
@@ -21,7 +21,9 @@ from ds_lightning.modules._network_module import NetworkModule, needs_no_data
 from ds_lightning.modules._temperature import Temperature
 from ds_lightning.modules._tower import Tower, Towers, follow, without_batch_norm
 from ds_lightning.modules.optimizers import make_optimizers
-from ds_lightning.modules.retrieval_metrics import RetrievalRecall
+from ds_lightning.modules.retrieval_metrics import RetrievalRecall, unpadded
+from ds_lightning.networks._plan_followers import with_followers
+from ds_lightning.networks.pruning_plan import PruningPlan
 
 
 class ContrastivePretraining(NetworkModule):
@@ -133,6 +135,10 @@ class ContrastivePretraining(NetworkModule):
     def pairs(self) -> bool:
         """Whether there are two encoders."""
         return VIEWS not in self._encoders
+
+    def setup(self, stage: str) -> None:
+        """Refuse strategies that give each rank parts of a parameter."""
+        refuse_sharded(self.trainer.strategy)
 
     def configure_model(self) -> None:
         """Build what is not built yet, with what the DataModule knows."""
@@ -254,7 +260,8 @@ class ContrastivePretraining(NetworkModule):
         self.log("val/loss", loss, prog_bar=True, batch_size=len(first), sync_dist=True)
         self._log_figures("val", first, second)
         if self.recall is not None:
-            self.recall.update(first, second)
+            rows = unpadded(self.trainer, batch_idx, len(first))
+            self.recall.update(first[:rows], second[:rows])
 
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor | dict[str, Tensor]:
         """Return features (B, F), of views the first one's; of pairs embeddings (B, D) of length one by modality."""
@@ -269,6 +276,15 @@ class ContrastivePretraining(NetworkModule):
         self.temperature.clamp()
         if self.slow_towers is not None and self.towers is not None and self.momentum_encoder is not None:
             follow(self.slow_towers, self.towers, self.momentum_encoder)
+
+    def extend_pruning_plan(self, plan: PruningPlan) -> PruningPlan:
+        """Return a plan for this module with the slow encoder, which loses what the fast one loses.
+
+        Args:
+            plan: with the names of this module, such as `towers.views.encoder.stem.weight`.
+        """
+        names = [name for name in (*plan.shapes, *plan.attributes) if name.startswith("towers.")]
+        return plan if self.slow_towers is None else with_followers(plan, {f"slow_{name}": name for name in names})
 
     def _log_figures(self, stage: str, first: Tensor, second: Tensor) -> None:
         figures: dict[str, Any] = {**self._collapse.update(first, second), "temperature": self.temperature()}
@@ -287,7 +303,8 @@ class ContrastivePretraining(NetworkModule):
 
     def on_validation_epoch_end(self) -> None:
         """Log how often the partner of a pair is found."""
-        if self.recall is None or self.recall.update_count == 0:
+        # Another rank may have pairs where this one has none.
+        if self.recall is None or (self.recall.update_count == 0 and self.trainer.world_size == 1):
             return
         # The values are the same on all ranks already.
         for name, value in self.recall.compute().items():

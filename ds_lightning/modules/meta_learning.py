@@ -21,6 +21,8 @@ from ds_lightning.functional.maml import (
 )
 from ds_lightning.modules._embedding import at_least_float
 from ds_lightning.modules.few_shot import FewShotModule
+from ds_lightning.networks._plan_followers import with_followers
+from ds_lightning.networks.pruning_plan import PruningPlan
 
 
 class MAML(FewShotModule):
@@ -144,9 +146,18 @@ class MAML(FewShotModule):
         for name in self._names:
             value = network.get_parameter(name)
             shape = (self.inner_steps, *[1] * value.dim()) if self._learn_inner_lr == "per_step" else value.shape
-            # A ParameterDict takes no dots.
-            rates[name.replace(".", "/")] = nn.Parameter(torch.full(shape, self.inner_lr).to(value))
+            rates[_key(name)] = nn.Parameter(torch.full(shape, self.inner_lr).to(value))
         self.inner_rates = nn.ParameterDict(rates)
+
+    def extend_pruning_plan(self, plan: PruningPlan) -> PruningPlan:
+        """Return a plan for this module with the learned rates, which lose what their weights lose.
+
+        Args:
+            plan: with the names of this module, such as `network.head.weight`.
+        """
+        if self._learn_inner_lr is not True or self._names is None:
+            return plan
+        return with_followers(plan, {f"inner_rates.{_key(name)}": f"network.{name}" for name in self._names})
 
     def _how(self) -> dict[str, Any]:
         """Return the arguments that every adaptation takes."""
@@ -154,7 +165,7 @@ class MAML(FewShotModule):
         assert self._names is not None
         rates: float | dict[str, Tensor] = self.inner_lr
         if self._learn_inner_lr is not False:
-            rates = {name: self.inner_rates[name.replace(".", "/")] for name in self._names}
+            rates = {name: self.inner_rates[_key(name)] for name in self._names}
         return {"inner_lr": rates, "adapt": self._names, "loss_fn": default_loss}
 
     # ---------------------------------------------------------------- the episodes
@@ -240,6 +251,11 @@ def _target(batch: Mapping[str, Tensor]) -> Tensor:
         if name in batch:
             return batch[name]
     raise ValueError(f"the batch has the keys {sorted(batch)}; expected `label` or `target` among them")
+
+
+def _key(name: str) -> str:
+    # A ParameterDict takes no dots.
+    return name.replace(".", "/")
 
 
 def _matching(network: nn.Module, adapt: str | list[str]) -> tuple[str, ...]:

@@ -3,8 +3,10 @@
 from collections.abc import Sequence
 from typing import Any
 
+import lightning.pytorch as pl
 import torch
 from torch import Tensor
+from torch.utils.data import DistributedSampler
 from torchmetrics import Metric
 
 from ds_lightning.functional.embedding_quality import recall_at
@@ -50,6 +52,8 @@ class RetrievalRecall(Metric):
 
     def compute(self) -> dict[str, Tensor]:
         """Return `recall_at_K`, from the first side to the second, and `recall_at_K_reverse`; K below the pairs."""
+        if len(self.first) == 0:
+            return {}
         first, second = (
             torch.cat(list(side)) if isinstance(side, list) else side for side in (self.first, self.second)
         )
@@ -60,7 +64,37 @@ class RetrievalRecall(Metric):
                 found[f"recall_at_{k}_reverse"] = recall_at(second, first, k)
         return found
 
+    def _sync_dist(self, *args: Any, **kwargs: Any) -> None:
+        # torchmetrics can't gather from a rank that has no row: it doesn't know how long one is.
+        width = torch.tensor([rows.shape[1] for rows in self.first][:1] or [1], device=self.device)
+        torch.distributed.all_reduce(width, torch.distributed.ReduceOp.MAX)
+        if not self.first:
+            self.first, self.second = ([torch.zeros(0, int(width), device=self.device)] for _ in range(2))
+        super()._sync_dist(*args, **kwargs)
+
     def reset(self) -> None:
         """Forget all pairs."""
         super().reset()
         self._kept = 0
+
+
+def unpadded(trainer: pl.Trainer, batch_idx: int, size: int) -> int:
+    """Return how many of a validation batch's rows, the first ones, are not there for a second time.
+
+    A DistributedSampler gives the ranks one sample after the other in turn, and repeats some at the end, so that all
+    ranks have as many. A pair that is there twice would find itself instead of its partner.
+
+    Args:
+        trainer: with one validation loader.
+        batch_idx: of the batch in it.
+        size: its rows.
+    """
+    loader: Any = trainer.val_dataloaders
+    loader = loader[0] if isinstance(loader, list | tuple) and loader else loader
+    sampler = getattr(loader, "sampler", None)
+    if not isinstance(sampler, DistributedSampler) or loader.batch_size is None:
+        return size
+    samples, ranks, rank = len(sampler.dataset), sampler.num_replicas, sampler.rank  # type: ignore[arg-type]
+    mine = len(range(rank, samples, ranks))
+    before: int = batch_idx * loader.batch_size
+    return max(0, min(size, mine - before))

@@ -104,7 +104,8 @@ def same_random_numbers(grad: bool) -> Iterator[None]:
     torch.backends.mha.set_fastpath_enabled(False)
     try:
         with torch.inference_mode(False), torch.set_grad_enabled(grad), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(_SEED)
+            # Not torch.manual_seed, which would seed the accelerators too.
+            torch.default_generator.manual_seed(_SEED)
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)

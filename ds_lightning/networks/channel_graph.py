@@ -82,6 +82,11 @@ class ChannelGraph:
             raise ConfigError(
                 f"{title} does not run on the example inputs ({short(error)}); expected ones that fit"
             ) from error
+        if not output:
+            raise ConfigError(
+                f"{title} gives no floating-point tensor that could be compared; expected a tensor, or tuples, lists "
+                "or dicts of them: name a submodule that gives one"
+            )
         self._shapes = [tuple(out.shape) for out in output]
         traced = same_tensors(self._shadow)
         graph = dependency_graph(traced, self._args, self._kwargs)

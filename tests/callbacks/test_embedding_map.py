@@ -103,6 +103,31 @@ def test_validate_alone_and_inputs_that_are_no_images(tmp_path: Path) -> None:
     assert model.asked == 30
 
 
+class Keeps(EmbeddingMap):
+    def _figures(self, features: Any, label: Any, shown: Any, names: Any) -> Any:
+        torch.save((features, label, shown), Path(self.root) / f"{self.ranks}.pt")
+        return super()._figures(features, label, shown, names)
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        self.root, self.ranks = trainer.default_root_dir, trainer.world_size
+        if trainer.global_rank == 1:
+            # Rank 1 need not have what rank 0 draws to.
+            trainer.loggers = []
+
+
+def test_two_ranks_draw_what_one_does(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Autoencoder()
+    for options in ({}, {"devices": 2, "strategy": "ddp_fork"}):
+        trainer(tmp_path, Keeps(samples=24), logger=Pictures(), **options).validate(model, Labels(), verbose=False)
+    (one, label, shown), two = (torch.load(tmp_path / f"{ranks}.pt") for ranks in (1, 2))
+    assert len(one) == 24
+    assert torch.allclose(two[0], one, atol=1e-6)
+    assert torch.equal(two[1], label)
+    assert torch.equal(two[2], shown)
+
+
 def test_without_a_taker_it_draws_nothing_and_says_so(tmp_path: Path) -> None:
     model = Autoencoder()
     with pytest.warns(NoEffectWarning, match="EmbeddingMap drew nothing"):

@@ -1,16 +1,24 @@
+import re
 import warnings
 from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import contrastive_cases as cases
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import FSDPStrategy
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader
 
+from ds_lightning.callbacks import ExactResume
 from ds_lightning.errors import CollapseWarning, ConfigError
 from ds_lightning.functional import info_nce, nt_xent
 from ds_lightning.modules import ContrastivePretraining
+from ds_lightning.modules._collapse import CollapseWatch
 from ds_lightning.networks import TextEncoder
 
 MOCO = {"momentum_encoder": 0.9, "queue_size": 40}
@@ -182,8 +190,6 @@ def test_resume_is_bit_equal(tmp_path: Any, options: Any) -> None:
 
 
 def test_a_checkpoint_in_the_middle_of_an_epoch_has_the_step_of_the_slow_encoder(tmp_path: Any) -> None:
-    from lightning.pytorch.callbacks import ModelCheckpoint
-
     kept = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
     model = small(**MOCO)
     run = cases.trainer(tmp_path, callbacks=[kept], enable_checkpointing=True)
@@ -337,6 +343,45 @@ def test_a_collapse_is_told_once(tmp_path: Any) -> None:
         cases.trainer(tmp_path, max_epochs=30).fit(healthy, data)
 
 
+def test_a_rate_that_is_far_too_high_collapses(tmp_path: Any) -> None:
+    model = small(optimizer=partial(torch.optim.SGD, lr=100.0))
+    with pytest.warns(CollapseWarning, match="the embeddings have collapsed"):
+        cases.trainer(tmp_path, max_epochs=26, limit_val_batches=0).fit(model, cases.Viewed())
+
+
+@pytest.mark.parametrize(
+    ("shape", "collapsed"), [("point", True), ("line", True), ("cone", False), ("sphere", False), ("few", False)]
+)
+def test_what_a_collapse_is(shape: str, collapsed: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(64, 16, generator=generator)
+    axis = torch.nn.functional.one_hot(torch.tensor(0), 16).float()
+    rows = {
+        "point": axis + 1e-4 * noise,
+        "line": axis * noise.sign()[:, :1] + 0.001 * noise,
+        "cone": axis + 0.005 * noise,
+        "sphere": noise,
+        "few": axis.expand(3, 16),
+    }[shape]
+    watch = CollapseWatch()
+    watch.update(rows, rows)
+    watch.check(49)
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        watch.check(50)
+        watch.check(51)
+    assert len(found) == collapsed
+
+
+def test_strategies_that_share_parameters_out_are_refused(tmp_path: Any) -> None:
+    run = cases.trainer(tmp_path)
+    run.strategy.__class__ = type("Parts", (FSDPStrategy,), {})
+    model = small()
+    model._trainer = run
+    with pytest.raises(ConfigError, match=r"not made for Parts: .*; expected strategy='ddp'"):
+        model.setup("fit")
+
+
 def test_from_the_command_line() -> None:
     from ds_lightning.training import build, resolve
 
@@ -347,6 +392,58 @@ def test_from_the_command_line() -> None:
     pairs = {"class_path": "ContrastivePretraining", "init_args": {"encoder": {"image": "resnet8", "text": "bag"}}}
     pairs["init_args"] |= {"in_channels": 1, "encoder_options": {"text": {"vocab_size": 30}}}
     assert list(build(resolve([], {"model": pairs})).model.towers) == ["image", "text"]
+
+
+def test_the_code_of_the_page_for_ones_own_runs(tmp_path: Any) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "contrastive.md").read_text()
+    (code,) = (block for block in re.findall(r"```python\n(.*?)```", page, re.S) if "class Views" in block)
+
+    def augment(image: Tensor) -> Tensor:
+        return image + 0.1 * torch.randn_like(image)
+
+    names: dict[str, Any] = {"images": torch.randn(256, 3, 32, 32), "augment": augment, "DataLoader": DataLoader}
+    names |= {"torch": torch, "ContrastivePretraining": ContrastivePretraining, "ExactResume": ExactResume}
+    # Less of the same, for its time.
+    names["L"] = SimpleNamespace(Trainer=lambda **options: cases.trainer(tmp_path, **{**options, "max_epochs": 1}))
+    exec(code, names)
+    trainer, model = names["trainer"], names["model"]
+    assert trainer.global_step == 2
+    trainer.save_checkpoint(tmp_path / "own.ckpt")
+    again = ContrastivePretraining.load_from_checkpoint(tmp_path / "own.ckpt", encoder=names["Mine"]())
+    assert torch.equal(again.embed(names["images"]), model.embed(names["images"]))
+
+
+@pytest.mark.filterwarnings("ignore:.*dirpath has changed")
+def test_resumed_in_the_middle_of_an_epoch_it_ends_bit_equal(tmp_path: Any) -> None:
+    """With accumulated gradients, half precision, dropout, running statistics, queue and slow encoder."""
+
+    def fit(folder: str, seed: int, start: Any = None) -> ContrastivePretraining:
+        torch.manual_seed(seed)
+        layers = (
+            nn.Conv2d(1, 8, 3),
+            nn.BatchNorm2d(8),
+            nn.ReLU(),
+            nn.Dropout(0.2),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+        )
+        moco = {**MOCO, "learn_temperature": True, "lr_scheduler": "cosine"}
+        model = ContrastivePretraining(nn.Sequential(*layers), num_features=8, projector=(8, 6), **moco)
+        each = ModelCheckpoint(tmp_path / folder, "{step}", every_n_train_steps=1, save_top_k=-1)
+        mixed = {"accumulate_grad_batches": 2, "precision": "bf16-mixed", "enable_checkpointing": True}
+        run = cases.trainer(tmp_path, max_epochs=3, callbacks=[each, ExactResume()], **mixed)
+        run.fit(model, Shuffled(batch_size=4), ckpt_path=start, weights_only=True if start else None)
+        return model
+
+    whole = fit("whole", 0).state_dict()
+    for step in (3, 6):
+        resumed = fit(f"from{step}", 9, tmp_path / "whole" / f"step={step}.ckpt").state_dict()
+        assert all(torch.equal(resumed[name], value) for name, value in whole.items())
+
+
+class Shuffled(cases.Viewed):
+    def train_dataloader(self) -> DataLoader[Any]:
+        return DataLoader(self.data, batch_size=self.batch_size, shuffle=True)
 
 
 # ---------------------------------------------------------------- errors

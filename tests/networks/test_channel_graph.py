@@ -225,3 +225,41 @@ def test_what_cant_be_copied_is_shared_with_the_copy():
     choice = graph.choose(graph.scores(network), 0.6, round_to=1, min_channels=1)
     assert len(choice.kept[0]) < 16
     assert next(network.stream) == 0
+
+
+class Gives(nn.Module):
+    """A perceptron with an output of any kind."""
+
+    def __init__(self, output):
+        super().__init__()
+        self.inner, self.head, self.output = nn.Linear(4, 16), nn.Linear(16, 3), output
+
+    def forward(self, x):
+        return self.output(self.head(F.relu(self.inner(x))))
+
+
+class Wrapped:
+    def __init__(self, logits):
+        self.logits = logits
+
+
+@pytest.mark.parametrize("output", [Wrapped, lambda y: y.argmax(1), lambda y: None])
+def test_an_output_that_cant_be_compared_is_refused(output):
+    with pytest.raises(ConfigError, match="Gives gives no floating-point tensor that could be compared; expected a"):
+        ChannelGraph(Gives(output), (torch.randn(2, 4),))
+
+
+def test_an_empty_output_beside_another_is_no_hindrance():
+    graph = ChannelGraph(Gives(lambda y: {"logits": y, "boxes": y[:0], "count": 0}), (torch.randn(2, 4),))
+    assert [(group.name, group.units) for group in graph.groups] == [("inner", 16)]
+    assert graph.refused == {"head": "its channels are the network's output"}
+
+
+def test_no_generator_is_touched(monkeypatch):
+    seeded = []
+    # What torch.manual_seed calls for the accelerators; it would do so before there is one, too.
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    network, before = Residual(), torch.get_rng_state()
+    ChannelGraph(network, (X,))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert seeded == []
