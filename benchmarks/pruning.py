@@ -11,7 +11,8 @@ the one fit; `one_shot_finetune`: 60% of the steps, pruned at once, the rest wit
 `progressive` ends with, trained from new weights. The rate of `unpruned` is tuned by the validation accuracy of the
 first seed, and taken by all; that of the fine-tuning likewise, as a share of it, for each target. Test accuracies of
 all seeds and their differences to `unpruned`, paired by seed; seconds are those of training alone, and depend on how
-many jobs share a GPU. `mnist5k` is always there; `cifar10` needs `--data-dir` with cifar10_jpeg.npz.
+many jobs share a GPU. `mnist5k` is always there; `cifar10` needs `--data-dir` with cifar10_jpeg.npz, `fashion` the
+folder that torchvision reads.
 
 Prints JSON.
 Run: `python benchmarks/pruning.py speed`, or on a GPU
@@ -37,10 +38,10 @@ from torch import Tensor, nn
 
 from ds_lightning.networks import PruningPlan, apply_plan, count_macs, prune_channels, resnet
 
-RATES = (0.05, 0.1, 0.2)
+RATES = (0.025, 0.05, 0.1, 0.2)
 FINETUNE_SHARES = (0.1, 0.3, 1.0)
 BEFORE_ONE_SHOT = 0.6
-SHAPES = {"mnist5k": (1, 28, 28), "cifar10": (3, 32, 32)}
+SHAPES = {"mnist5k": (1, 28, 28), "fashion": (1, 28, 28), "cifar10": (3, 32, 32)}
 
 
 @dataclass(frozen=True)
@@ -244,7 +245,7 @@ def main() -> None:
     timing.add_argument("--image-size", type=int, default=224)
     judging = commands.add_parser("quality")
     judging.add_argument("what", choices=tuple(SHAPES))
-    judging.add_argument("--data-dir", default="data", help="folder of cifar10_jpeg.npz")
+    judging.add_argument("--data-dir", default="data", help="folder of the files")
     judging.add_argument("--seeds", type=int, default=1, help="how many; the first one tunes")
     judging.add_argument("--targets", type=float, nargs="+", default=[0.5, 0.25], help="shares of the MACs to keep")
     judging.add_argument("--steps", type=int, default=2000, help="of each method, in all")

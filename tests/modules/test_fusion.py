@@ -32,7 +32,12 @@ from ds_lightning.errors import ConfigError, DataError
 from ds_lightning.modules import MultimodalFusion
 from ds_lightning.networks import TextEncoder
 
-FUSIONS = [{"fusion": "cross"}, {"fusion": "late"}, {"fusion": "single", "single": "audio"}]
+FUSIONS = [
+    {"fusion": "cross"},
+    {"fusion": "cross", "skip": False},
+    {"fusion": "late"},
+    {"fusion": "single", "single": "audio"},
+]
 
 
 def quiet(model: MultimodalFusion) -> dict[str, Any]:
@@ -65,7 +70,7 @@ def test_what_stands_in_an_absent_entry_changes_nothing(fusion: dict[str, Any]) 
         assert all(grad.isfinite().all() for grad in grads.values())
 
 
-@pytest.mark.parametrize("fusion", FUSIONS[:2])
+@pytest.mark.parametrize("fusion", FUSIONS[:3])
 def test_a_sample_does_not_depend_on_what_the_others_have(fusion: dict[str, Any]) -> None:
     model, batch = model_of(**fusion).eval(), batch_of(fill=math.nan)
     together = model(batch)
@@ -142,6 +147,23 @@ def test_late_is_the_mean_of_what_is_there() -> None:
     torch.testing.assert_close(model(batch_of(fill=math.nan)), expected)
     nothing = {**batch_of(), "present": torch.zeros_like(PRESENT)}
     assert torch.equal(model(nothing), torch.zeros(SAMPLES, CLASSES))
+
+
+def test_cross_adds_late_to_what_attention_says_and_begins_with_late() -> None:
+    options = {"encoders": {"image": Flat(64), "audio": Flat(48), "table": Flat(2)}, "encoder_options": None}
+    with_skip, without = model_of(**options, auxiliary=0.0).eval(), model_of(**options, skip=False).eval()
+    network: Any = with_skip.network
+    without.load_state_dict(with_skip.state_dict())
+    batch, each = batch_of(fill=math.nan), alone(with_skip)
+    late = torch.stack([each[i][PRESENT[i]].mean(0) for i in range(SAMPLES)])
+    torch.testing.assert_close(with_skip(batch), without(batch) + late)
+    assert without(batch).abs().max() > 0.01
+    subset = batch["present"] & torch.tensor([True, False, True])
+    torch.testing.assert_close(
+        network.logits(network.encode(batch), names=("image", "table")), with_skip({**batch, "present": subset})
+    )
+    new = MultimodalFusion(**options, num_classes=CLASSES).eval()
+    torch.testing.assert_close(new(batch), torch.stack([alone(new)[i][PRESENT[i]].mean(0) for i in range(SAMPLES)]))
 
 
 def test_single_builds_and_reads_one_alone() -> None:
