@@ -9,10 +9,10 @@ the median over the turns of the ratio to the unpruned network.
 `quality`: ResNet-18, SGD and cosine, always as many steps in all. `unpruned`; `progressive`: ProgressivePruning within
 the one fit; `one_shot_finetune`: 60% of the steps, pruned at once, the rest with a second cosine; `scratch`: what
 `progressive` ends with, trained from new weights. The rate of `unpruned` is tuned by the validation accuracy of the
-first seed, and taken by all; that of the fine-tuning likewise, as a share of it, for each target. Test accuracies of
-all seeds and their differences to `unpruned`, paired by seed; seconds are those of training alone, and depend on how
-many jobs share a GPU. `mnist5k` is always there; `cifar10` needs `--data-dir` with cifar10_jpeg.npz, `fashion` the
-folder that torchvision reads.
+first seed, and taken by all; so are, for each target, the rate of the fine-tuning, as a share of it, and the `end` of
+`progressive` (--ends). Test accuracies of all seeds and their differences to `unpruned`, paired by seed; seconds are
+those of training alone, and depend on how many jobs share a GPU. `mnist5k` is always there; `cifar10` needs
+`--data-dir` with cifar10_jpeg.npz, `fashion` the folder that torchvision reads.
 
 Prints JSON.
 Run: `python benchmarks/pruning.py speed`, or on a GPU
@@ -57,6 +57,7 @@ class Run:
     method: str = "unpruned"
     target: float = 1.0
     seed: int = 0
+    end: float = 0.6
     lr: float = 0.1
     weight_decay: float = 5e-4
     steps: int = 2000
@@ -111,7 +112,7 @@ def train(run: Run) -> dict[str, Any]:
     elif run.method == "scratch":
         apply_plan(network, PruningPlan.from_json(run.plan))
         draw_anew(network)
-    callbacks = [ProgressivePruning(run.target, schedule="cubic")] if run.method == "progressive" else []
+    callbacks = [ProgressivePruning(run.target, end=run.end)] if run.method == "progressive" else []
     module = Classifier(
         network,
         num_classes=10,
@@ -136,8 +137,9 @@ def train(run: Run) -> dict[str, Any]:
         "plan": plan.to_json() if plan is not None else "",
     }
     print(
-        f"{run.name} {run.method} {run.target:g}, seed {run.seed}, rate {run.lr:g}, {run.steps} steps: "
-        f"val {result['val']:.4f}, test {result['test']:.4f}, MACs {result['macs_share']:.3f} ({seconds:.0f} s)",
+        f"{run.name} {run.method} {run.target:g}, seed {run.seed}, rate {run.lr:g}, end {run.end:g}, "
+        f"{run.steps} steps: val {result['val']:.4f}, test {result['test']:.4f}, "
+        f"MACs {result['macs_share']:.3f} ({seconds:.0f} s)",
         file=sys.stderr,
         flush=True,
     )
@@ -145,9 +147,9 @@ def train(run: Run) -> dict[str, Any]:
 
 
 def best(tried: dict[float, Future[dict[str, Any]]]) -> tuple[float, dict[str, float]]:
-    """Return the rate with the best validation accuracy, and the accuracies of all."""
-    found = {lr: future.result()["val"] for lr, future in tried.items()}
-    return max(found, key=found.__getitem__), {f"{lr:g}": round(accuracy, 4) for lr, accuracy in found.items()}
+    """Return the value with the best validation accuracy, and the accuracies of all."""
+    found = {value: future.result()["val"] for value, future in tried.items()}
+    return max(found, key=found.__getitem__), {f"{value:g}": round(score, 4) for value, score in found.items()}
 
 
 def quality(options: argparse.Namespace) -> dict[str, Any]:
@@ -177,14 +179,18 @@ def quality(options: argparse.Namespace) -> dict[str, Any]:
         early = round(BEFORE_ONE_SHOT * options.steps)
         paths = [f"{folder}/seed{seed}.pt" for seed in seeds]
         before = [pool.submit(train, replace(base, seed=seed, steps=early, keep=paths[seed])) for seed in seeds]
-        progressive = {
-            target: [
-                pool.submit(train, replace(base, method="progressive", target=target, seed=seed)) for seed in seeds
-            ]
-            for target in options.targets
-        }
+
+        def progress(target: float, seed: int, end: float) -> Future[dict[str, Any]]:
+            return pool.submit(train, replace(base, method="progressive", target=target, seed=seed, end=end))
+
+        ends = {target: {end: progress(target, 0, end) for end in options.ends} for target in options.targets}
         # The tuned one is the first seed's.
         unpruned = [tried[lr], *(pool.submit(train, replace(base, seed=seed)) for seed in seeds[1:])]
+        progressive, ending = {}, {}
+        for target, by_end in ends.items():
+            end, accuracies = best(by_end)
+            progressive[target] = [by_end[end], *(progress(target, seed, end) for seed in seeds[1:])]
+            ending[f"{target:g}"] = {"end": end, "validation": accuracies}
 
         def finetune(target: float, seed: int, rate: float) -> Future[dict[str, Any]]:
             before[seed].result()
@@ -221,7 +227,7 @@ def quality(options: argparse.Namespace) -> dict[str, Any]:
 
         result = {
             "setting": {**asdict(base), "cache": None, "one_shot_at": early},
-            "tuned": {"lr": lr, "validation": tuning, "finetuning": finetuning},
+            "tuned": {"lr": lr, "validation": tuning, "finetuning": finetuning, "progressive": ending},
             "unpruned": row(unpruned),
             "targets": {
                 f"{target:g}": {
@@ -248,6 +254,9 @@ def main() -> None:
     judging.add_argument("--data-dir", default="data", help="folder of the files")
     judging.add_argument("--seeds", type=int, default=1, help="how many; the first one tunes")
     judging.add_argument("--targets", type=float, nargs="+", default=[0.5, 0.25], help="shares of the MACs to keep")
+    judging.add_argument(
+        "--ends", type=float, nargs="+", default=[0.3, 0.45, 0.6], help="of progressive, to choose from"
+    )
     judging.add_argument("--steps", type=int, default=2000, help="of each method, in all")
     judging.add_argument("--batch-size", type=int, default=256)
     judging.add_argument("--width", type=int, default=64, help="channels of the first stage")
