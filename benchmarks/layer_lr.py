@@ -1,9 +1,10 @@
 """What learning rates layer by layer are worth: DynamicLayerLR beside a tuned baseline and what else there is.
 
-Every method has its own rate: the best final validation accuracy of the first seed on a grid of factor 2, which grows
-until the best has a worse one on both sides (`bracketed`), at most `--extensions` times. With that rate every seed is
-trained (the first one's training is the tuned one): for a seed all methods have the same first weights, batches and
-augmentation. Weight decay is the optimizer's (SGD 5e-4, AdamW 0.05), that of a peer its usual one.
+Every method has its own rate: the best final validation accuracy, mean over the first two seeds (`--tuning-seeds`; one
+alone may choose a rate that is wrong by a factor of two), on a grid of factor 2, which grows until the best has a worse
+one on both sides (`bracketed`), at most `--extensions` times. With that rate every seed is trained: for a seed all
+methods have the same first weights, batches and augmentation. Weight decay is the optimizer's (SGD 5e-4, AdamW 0.05),
+that of a peer its usual one.
 
 The accuracy on a fixed validation part is read at 20 evenly spaced steps. Targets are 60, 75, 90 and 97% of the way
 from chance to the baseline's final accuracy, the mean over its seeds. Steps to a target are interpolated linearly on
@@ -52,6 +53,7 @@ RESNET18 = Run("", "resnet18", "cifar10", "sgd", steps=600, batch_size=128, size
 SETTINGS: dict[str, tuple[Run, tuple[str, ...]]] = {
     "resnet50_sgd": (RESNET50, ALL),
     "resnet50_adamw": (replace(RESNET50, optimizer="adamw"), ALL),
+    "resnet50_narrow_sgd": (Run("", "resnet50_narrow", "cifar10", "sgd", steps=200, batch_size=64, size=32), SHORT),
     "vit_adamw": (replace(RESNET18, network="vit", optimizer="adamw"), ALL),
     "resnet18_sgd": (RESNET18, SHORT),
     "resnet18_adamw": (replace(RESNET18, optimizer="adamw"), SHORT),
@@ -65,10 +67,11 @@ GRIDS = {
     "sgd": (0.025, 0.05, 0.1, 0.2),
     "adamw": (5e-4, 1e-3, 2e-3, 4e-3),
     "resnet50_sgd": (0.01, 0.02, 0.04, 0.08),
+    "resnet50_narrow_sgd": (0.01, 0.02, 0.04),
     "vit_adamw": (2.5e-4, 5e-4, 1e-3, 2e-3),
     "finetune": (1.25e-4, 2.5e-4, 5e-4, 1e-3),
     "text_adamw": (1.25e-4, 2.5e-4, 5e-4, 1e-3),
-    "lars": (0.5, 1.0, 2.0, 4.0),
+    "lars": (0.5, 1.0, 2.0),
     "lamb": (4e-3, 8e-3, 1.6e-2, 3.2e-2),
     "novograd": (5e-3, 1e-2, 2e-2, 4e-2),
     "muon": (1e-3, 2e-3, 4e-3, 8e-3),
@@ -117,24 +120,36 @@ class Trainings:
 
 
 def tuned(
-    base: Run, grid: Sequence[float], extensions: int, trainings: Trainings
-) -> tuple[dict[float, dict[str, Any]], float | None, bool]:
-    """Return the first seed's results by rate, the best rate, and whether both its neighbours are worse."""
-    started = {lr: trainings.start(replace(base, lr=lr)) for lr in grid}
+    base: Run, grid: Sequence[float], options: argparse.Namespace, trainings: Trainings
+) -> tuple[dict[float, dict[int, dict[str, Any]]], float | None, bool]:
+    """Return the tuning seeds' results by rate and seed, the best rate, and whether both its neighbours are worse."""
+    seeds, extensions = range(options.tuning_seeds), options.extensions
+
+    def start(lr: float) -> dict[int, Future[Any]]:
+        return {seed: trainings.start(replace(base, lr=lr, seed=seed)) for seed in seeds}
+
+    started = {lr: start(lr) for lr in grid}
     while True:
-        results = {lr: found for lr, future in started.items() if (found := trainings.result(future)) is not None}
+        results = {}
+        for lr, futures in started.items():
+            found = {
+                seed: result for seed, future in futures.items() if (result := trainings.result(future)) is not None
+            }
+            if len(found) == len(seeds):
+                results[lr] = found
         if not results:
             return {}, None, False
-        best = max(sorted(results), key=lambda lr: results[lr]["curve"][-1])
+        best = max(sorted(results), key=lambda lr: final(results[lr]))
         wanted = [lr for at_edge, lr in ((best == min(started), best / 2), (best == max(started), best * 2)) if at_edge]
-        if not wanted:
+        if not wanted or extensions < 1:
             return results, best, min(results) < best < max(results)
-        if extensions < 1:
-            return results, best, False
         extensions -= 1
-        started |= {lr: trainings.start(replace(base, lr=lr)) for lr in wanted}
-        if any(trainings.result(started[lr]) is None for lr in wanted):
-            return results, best, False
+        started |= {lr: start(lr) for lr in wanted}
+
+
+def final(found: dict[int, dict[str, Any]]) -> float:
+    """Return the final validation accuracy, mean over the seeds."""
+    return statistics.fmean(result["curve"][-1] for result in found.values())
 
 
 def follow(
@@ -143,13 +158,14 @@ def follow(
     """Tune one method in one setting and train its seeds."""
     if before is not None and trainings.result(before) is None:
         return {"tuning": {}, "rate": None, "bracketed": False, "seeds": {}}
-    results, best, bracketed = tuned(base, grid, options.extensions, trainings)
-    seeds = {}
+    results, best, bracketed = tuned(base, grid, options, trainings)
+    seeds: dict[int, dict[str, Any]] = {}
     if best is not None:
-        others = {seed: trainings.start(replace(base, lr=best, seed=seed)) for seed in range(1, options.seeds)}
-        found = {0: results[best]} | {seed: trainings.result(future) for seed, future in others.items()}
+        rest = range(options.tuning_seeds, options.seeds)
+        others = {seed: trainings.start(replace(base, lr=best, seed=seed)) for seed in rest}
+        found = results[best] | {seed: trainings.result(future) for seed, future in others.items()}
         seeds = {seed: result for seed, result in found.items() if result is not None}
-    tuning = {f"{lr:g}": results[lr]["curve"][-1] for lr in sorted(results)}
+    tuning = {f"{lr:g}": round(final(results[lr]), 4) for lr in sorted(results)}
     return {"tuning": tuning, "rate": best, "bracketed": bracketed, "seeds": seeds}
 
 
@@ -291,7 +307,8 @@ def main() -> None:
     parser.add_argument(
         "--methods", nargs="+", type=method, help="instead of the setting's own; the baseline always is"
     )
-    parser.add_argument("--seeds", type=int, default=5, help="how many; the first one tunes")
+    parser.add_argument("--seeds", type=int, default=5, help="how many")
+    parser.add_argument("--tuning-seeds", type=int, default=2, help="so many of them tune the rates")
     parser.add_argument("--steps", type=int, help="instead of the setting's own")
     parser.add_argument("--rates", type=float, nargs="+", help="the grid to start from, instead of each method's own")
     parser.add_argument("--extensions", type=int, default=4, help="how often a grid may grow")
@@ -304,6 +321,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2, help="processes, in turn on the GPUs that are there")
     options = parser.parse_args()
     options.settings = options.settings or ["small"]
+    options.tuning_seeds = min(options.tuning_seeds, options.seeds)
     if unknown := set(options.settings) - SETTINGS.keys():
         parser.error(f"{', '.join(sorted(unknown))}: expected some of {', '.join(SETTINGS)}")
     begin = time.perf_counter()

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 RULES: dict[str, dict[str, Any]] = {
     "default": {},
     **{rule: {"rule": rule} for rule in ("variance", "trust", "snr", "article")},
+    "trust_mean": {"rule": "trust", "reference": "mean"},
     "variance_fade": {"rule": "variance", "fade": True},
     "trust_fade": {"rule": "trust", "fade": True},
     "variance_block": {"rule": "variance", "groups": "block"},

@@ -199,6 +199,11 @@ def build(name: str, data: Data, size: int) -> nn.Module:
         import torchvision
 
         return torchvision.models.resnet50(num_classes=data.classes)
+    if name == "resnet50_narrow":
+        from timm.models.resnet import Bottleneck, ResNet
+
+        # A quarter of the width; the last norm of a block begins at one, as torchvision's does.
+        return ResNet(Bottleneck, [3, 4, 6, 3], data.classes, channels=(16, 32, 64, 128), zero_init_last=False)
     if name == "vit":
         return ViT(size, data.classes)
     if name == "text":

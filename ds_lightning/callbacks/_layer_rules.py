@@ -12,12 +12,15 @@ from ds_lightning.errors import ConfigError
 from ds_lightning.functional.gradient_statistics import (
     article_multipliers,
     element_variance,
+    mean_exponent,
     snr_multipliers,
+    trust_exponents,
     trust_multipliers,
     variance_multipliers,
 )
 
 RuleName = Literal["variance", "trust", "snr", "article"]
+ReferenceName = Literal["mean", "start"]
 RULES = ("variance", "trust", "snr", "article")
 _BOUNDS = (0.4, 2.3)
 _TRUST_BOUNDS = (0.1, 10.0)  # weights of layers differ in size by more than their gradients' noise
@@ -35,6 +38,7 @@ class VarianceRule:
     name: RuleName = "variance"
     trust: float = 0.0
     fade: bool = False
+    reference: ReferenceName = "mean"
 
     @property
     def first_change(self) -> int:
@@ -53,9 +57,16 @@ class VarianceRule:
         return 1.0 if step >= self.warmup else (step - self.every) / (self.warmup - self.every)
 
     def multipliers(
-        self, moments: Tensor, known: Tensor, rows: dict[str, Tensor], numel: Tensor, group: Sequence[int], step: int
-    ) -> list[float]:
-        """Return the multiplier of each layer.
+        self,
+        moments: Tensor,
+        known: Tensor,
+        rows: dict[str, Tensor],
+        numel: Tensor,
+        group: Sequence[int],
+        step: int,
+        center: float | None = None,
+    ) -> tuple[list[float], float | None]:
+        """Return the multiplier of each layer, and the center that stays from now on.
 
         Args:
             moments: the averages A and E, (2, L), float64 on the host.
@@ -65,6 +76,7 @@ class VarianceRule:
             numel: number of weights of each layer, (L,), float64.
             group: number of each layer's group, counted from 0; layers of one group are added up.
             step: optimizer steps so far.
+            center: what an earlier call returned.
         """
         index = torch.tensor(group, dtype=torch.long)
         count = max(group, default=-1) + 1
@@ -85,16 +97,19 @@ class VarianceRule:
             case "snr":
                 m = snr_multipliers(a, e, self.alpha, self.bounds, self.ramp(step))
             case "trust":
-                weight_sq = added(rows["weight"] ** 2)
-                m = trust_multipliers(a, e, size, weight_sq, self.alpha, self.bounds, self.trust, self.ramp(step))
+                statistics = a, e, size, added(rows["weight"] ** 2), self.alpha
+                if self.reference == "start" and center is None and step >= self.warmup:
+                    # Not earlier: with residual branches that begin at zero most layers have no gradient at first.
+                    center = mean_exponent(trust_exponents(*statistics, self.trust))
+                m = trust_multipliers(*statistics, self.bounds, self.trust, self.ramp(step), center)
             case "variance":
                 m = variance_multipliers(a, e, size, self.alpha, self.bounds, self.ramp(step))
         found: list[float] = m[index].tolist()
-        return found
+        return found, center
 
 
 def checked_rule(
-    rule: str, alpha: float | None, trust: float | None, bounds: Sequence[float] | None
+    rule: str, alpha: float | None, trust: float | None, bounds: Sequence[float] | None, reference: str | None
 ) -> tuple[float, tuple[float, float]]:
     """Check the arguments that depend on each other; return trust and bounds, with their defaults filled in.
 
@@ -111,6 +126,10 @@ def checked_rule(
         raise ConfigError(f"trust is {trust}, but rule={rule!r} does not use it; use rule='trust', or leave trust out")
     if bounds is not None and (len(bounds) != 2 or not 0 < bounds[0] <= 1 <= bounds[1] < math.inf):
         raise ConfigError(f"bounds is {bounds}; expected (low, high) with 0 < low <= 1 <= high")
+    if reference not in (None, "mean", "start"):
+        raise ConfigError(f"reference is {reference!r}; expected 'mean', 'start', or None for the optimizer's default")
+    if reference == "start" and rule != "trust":
+        raise ConfigError(f"reference is 'start', but rule={rule!r} has no other than 'mean'; use rule='trust'")
     if rule == "article":
         for name, value in (("alpha", alpha), ("bounds", bounds)):
             if value is not None:

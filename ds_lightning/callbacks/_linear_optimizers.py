@@ -10,6 +10,8 @@ from torch.optim import Optimizer
 
 from ds_lightning.errors import ConfigError
 
+from ._layer_rules import ReferenceName
+
 # Their step is `rate * something that does not depend on the rate`, decoupled weight decay included.
 _LINEAR = {
     torch.optim.SGD,
@@ -64,6 +66,11 @@ def coupled_decay(optimizer: Optimizer, group: dict[str, Any]) -> float:
 def default_alpha(optimizer: Optimizer) -> float:
     """Return 1 for SGD, and 0.5 for what already normalises its step by the size of the gradient."""
     return 1.0 if isinstance(optimizer, torch.optim.SGD) else 0.5
+
+
+def default_reference(optimizer: Optimizer, rule: str) -> ReferenceName:
+    """Return `start` for rule `trust` with SGD; what normalises its step by itself needs no more than the shares."""
+    return "start" if rule == "trust" and isinstance(optimizer, torch.optim.SGD) else "mean"
 
 
 def check_linear(optimizer: Optimizer) -> None:

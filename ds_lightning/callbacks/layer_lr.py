@@ -13,10 +13,10 @@ from ds_lightning.errors import ConfigError, NoEffectWarning
 
 from ._layer_fade import check_rates
 from ._layer_picture import log_multipliers
-from ._layer_rules import RuleName, VarianceRule, checked_rule
+from ._layer_rules import ReferenceName, RuleName, VarianceRule, checked_rule
 from ._layer_summary import no_effect, summary
 from ._layers import check_patterns, find_layers
-from ._linear_optimizers import check_linear, default_alpha
+from ._linear_optimizers import check_linear, default_alpha, default_reference
 from ._log_step import log_step
 from ._scaled_steps import ScaledSteps
 
@@ -60,6 +60,9 @@ class DynamicLayerLR(pl.Callback):
         alpha: strength of the rule, > 0. None: 1 for SGD, 0.5 for others, which normalise their step themselves.
         trust: strength of the weights' size, >= 0, for rule "trust" alone. None: 1.
         bounds: smallest and largest multiplier, 0 < low <= 1 <= high. None: (0.4, 2.3), (0.1, 10) for rule "trust".
+        reference: what has multiplier 1, for rule "trust": "mean", the mean over the layers at each reading, so that
+            only the layers' shares change; "start", that mean as it was at step `warmup`, so that the rate of all
+            layers follows the size of weights over gradients, as in LARS. None: "start" for SGD, else "mean".
         every: optimizer steps between two readings, >= 1.
         ema: decay of the averages for each optimizer step, in [0, 1); a reading weighs `1 - ema ** every`.
         warmup: optimizer step at which the rule has its full strength, >= 0.
@@ -84,6 +87,7 @@ class DynamicLayerLR(pl.Callback):
         alpha: float | None = None,
         trust: float | None = None,
         bounds: tuple[float, float] | None = None,
+        reference: ReferenceName | None = None,
         every: int = 10,
         ema: float = 0.95,
         warmup: int = 50,
@@ -92,7 +96,7 @@ class DynamicLayerLR(pl.Callback):
         include: list[str] | None = None,
         exclude: list[str] | None = None,
     ) -> None:
-        self.trust, self.bounds = checked_rule(rule, alpha, trust, bounds)
+        self.trust, self.bounds = checked_rule(rule, alpha, trust, bounds, reference)
         if every < 1:
             raise ConfigError(f"every is {every}; expected a number of optimizer steps >= 1")
         if not 0 <= ema < 1:
@@ -106,6 +110,7 @@ class DynamicLayerLR(pl.Callback):
                 raise ConfigError(f"{name} is the string {patterns!r}; expected a list, [{patterns!r}]")
         self.rule = rule
         self.alpha = alpha
+        self.reference = reference
         self.every = every
         self.ema = ema
         self.warmup = warmup
@@ -147,7 +152,10 @@ class DynamicLayerLR(pl.Callback):
             alpha = default_alpha(optimizer) if self.alpha is None else self.alpha
             if self.fade:
                 check_rates(optimizer.param_groups)
-            rule = VarianceRule(alpha, self.bounds, self.every, self.ema, self.warmup, self.rule, self.trust, self.fade)
+            reference = self.reference or default_reference(optimizer, self.rule)
+            rule = VarianceRule(
+                alpha, self.bounds, self.every, self.ema, self.warmup, self.rule, self.trust, self.fade, reference
+            )
             self._scaled.append(ScaledSteps(optimizer, find, rule, broadcast=shared, groups=self.groups))
         self._resume()
 

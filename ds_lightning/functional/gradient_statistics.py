@@ -94,6 +94,7 @@ def variance_multipliers(
     alpha: float,
     bounds: tuple[float, float],
     ramp: float = 1.0,
+    center: float | None = None,
 ) -> Tensor:
     """Turn the gradient statistics of the layers into multipliers of the learning rate.
 
@@ -101,7 +102,7 @@ def variance_multipliers(
 
         var = max(E - max(A, 0), 1e-3 E)
         x = -alpha / 2 * log(var / N)
-        m = exp(ramp * clamp(x - mean of x over the layers, log low, log high))
+        m = exp(ramp * clamp(x - center, log low, log high))
 
     Args:
         mean_sq: A, an average of `||E g||^2`, (L,).
@@ -110,6 +111,7 @@ def variance_multipliers(
         alpha: strength, > 0: 1 for SGD-type optimizers; 0.5 for Adam-type ones, which normalise by themselves.
         bounds: `(low, high)`, the smallest and the largest multiplier, 0 < low <= 1 <= high.
         ramp: 0 (all multipliers are 1) to 1 (the full rule).
+        center: the x that has multiplier 1; None: the mean of x over the layers (`mean_exponent`).
 
     Returns:
         The multipliers, (L,). A layer without a positive, finite E gets 1 and does not count in the mean.
@@ -118,8 +120,7 @@ def variance_multipliers(
         >>> variance_multipliers(torch.zeros(2), torch.tensor([1.0, 4.0]), torch.ones(2), 1.0, (0.1, 10.0))
         tensor([1.4142, 0.7071])
     """
-    x = -alpha / 2 * torch.log(gradient_variance(mean_sq, second) / numel)
-    return _centred(x, _known(mean_sq, second), bounds, ramp)
+    return _multipliers(_variance_exponents(mean_sq, second, numel, alpha), bounds, ramp, center)
 
 
 def trust_multipliers(
@@ -131,12 +132,14 @@ def trust_multipliers(
     bounds: tuple[float, float],
     trust: float = 1.0,
     ramp: float = 1.0,
+    center: float | None = None,
 ) -> Tensor:
     """The inverse rule, weighed with the size of the weights as LARS does: large weights may take larger steps.
 
         x = -alpha / 2 * log(var / N) + trust / 2 * log(||w||^2 / N)
 
-    centred, bounded and ramped as in `variance_multipliers` (LARS: arXiv 1708.03888).
+    centred, bounded and ramped as in `variance_multipliers`. With a center that stays, the rate of all layers together
+    follows the weights' size over the gradients', too, which is what LARS does (arXiv 1708.03888).
 
     Args:
         mean_sq: A, an average of `||E g||^2`, (L,).
@@ -147,6 +150,7 @@ def trust_multipliers(
         bounds: `(low, high)`, the smallest and the largest multiplier, 0 < low <= 1 <= high.
         trust: strength of the weights' size, >= 0; 0 is the inverse rule.
         ramp: 0 (all multipliers are 1) to 1 (the full rule).
+        center: the x that has multiplier 1; None: the mean of x over the layers.
 
     Returns:
         The multipliers, (L,). A layer without a positive, finite E and `||w||^2` gets 1 and does not count in the mean.
@@ -156,9 +160,33 @@ def trust_multipliers(
         >>> trust_multipliers(torch.zeros(2), e, n, w, 1.0, (0.1, 10.0))
         tensor([1.4142, 0.7071])
     """
-    known = _known(mean_sq, second) & (weight_sq > 0) & torch.isfinite(weight_sq)
-    x = -alpha / 2 * torch.log(gradient_variance(mean_sq, second) / numel)
-    return _centred(x + trust / 2 * torch.log(weight_sq / numel), known, bounds, ramp)
+    return _multipliers(trust_exponents(mean_sq, second, numel, weight_sq, alpha, trust), bounds, ramp, center)
+
+
+def trust_exponents(
+    mean_sq: Tensor, second: Tensor, numel: Tensor, weight_sq: Tensor, alpha: float, trust: float = 1.0
+) -> Tensor:
+    """Return the x of `trust_multipliers`, whose arguments these are; NaN for a layer that has none.
+
+    Example:
+        >>> e, n, w = torch.ones(2), torch.ones(2), torch.tensor([4.0, 0.0])
+        >>> trust_exponents(torch.zeros(2), e, n, w, 1.0)
+        tensor([0.6931,    nan])
+    """
+    x = _variance_exponents(mean_sq, second, numel, alpha)
+    known = (weight_sq > 0) & torch.isfinite(weight_sq)
+    return torch.where(known, x + trust / 2 * torch.log(weight_sq / numel), torch.nan)
+
+
+def mean_exponent(x: Tensor) -> float | None:
+    """Return the mean of x over the layers that have one; None when there is none.
+
+    Example:
+        >>> mean_exponent(torch.tensor([1.0, float("nan"), 3.0]))
+        2.0
+    """
+    known = x[~x.isnan()]
+    return float(known.mean()) if len(known) else None
 
 
 def snr_multipliers(
@@ -186,7 +214,7 @@ def snr_multipliers(
     """
     signal = torch.maximum(mean_sq, VARIANCE_FLOOR * second)
     x = alpha / 2 * torch.log(signal / gradient_variance(mean_sq, second))
-    return _centred(x, _known(mean_sq, second), bounds, ramp)
+    return _multipliers(torch.where(_known(mean_sq, second), x, torch.nan), bounds, ramp, None)
 
 
 def element_variance(grad_sum: Tensor, grad_sq: Tensor, numel: Tensor) -> Tensor:
@@ -221,9 +249,14 @@ def _known(mean_sq: Tensor, second: Tensor) -> Tensor:
     return (second > 0) & torch.isfinite(second) & torch.isfinite(mean_sq)
 
 
-def _centred(x: Tensor, known: Tensor, bounds: tuple[float, float], ramp: float) -> Tensor:
-    """Return exp of x about its mean over the known layers, bounded; 1 for the others."""
-    x = torch.where(known, x, torch.zeros_like(x))
-    mean = x.sum() / known.sum().clamp(min=1)
-    exponent = ramp * (x - mean).clamp(math.log(bounds[0]), math.log(bounds[1]))
+def _variance_exponents(mean_sq: Tensor, second: Tensor, numel: Tensor, alpha: float) -> Tensor:
+    x = -alpha / 2 * torch.log(gradient_variance(mean_sq, second) / numel)
+    return torch.where(_known(mean_sq, second), x, torch.nan)
+
+
+def _multipliers(x: Tensor, bounds: tuple[float, float], ramp: float, center: float | None) -> Tensor:
+    """Return exp of x about the center, bounded; 1 where x is NaN."""
+    known = ~x.isnan()
+    about = x.nansum() / known.sum().clamp(min=1) if center is None else center
+    exponent = ramp * (x - about).clamp(math.log(bounds[0]), math.log(bounds[1]))
     return torch.where(known, torch.exp(exponent), torch.ones_like(x))

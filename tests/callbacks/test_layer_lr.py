@@ -236,6 +236,11 @@ def test_refuses_what_cannot_work():
         ({"rule": "fisher"}, "rule is 'fisher'; expected one of variance, trust, snr, article"),
         ({"trust": 0.5}, "trust is 0.5, but rule='variance' does not use it; use rule='trust'"),
         ({"trust": 1.0, "rule": "snr"}, "use rule='trust'"),
+        (
+            {"reference": "start"},
+            "reference is 'start', but rule='variance' has no other than 'mean'; use rule='trust'",
+        ),
+        ({"reference": "end", "rule": "trust"}, "reference is 'end'; expected 'mean', 'start', or None"),
         ({"trust": -1.0, "rule": "trust"}, "trust is -1.0; expected a number >= 0"),
         ({"alpha": 1.0, "rule": "article"}, "alpha is 1.0, but rule='article' has none"),
         ({"bounds": (0.4, 2.3), "rule": "article"}, "bounds is .* but rule='article' has none"),
@@ -261,11 +266,14 @@ def from_command_line(monkeypatch, *args):
     return built
 
 
-ARGUMENTS = ("rule", "alpha", "trust", "bounds", "every", "ema", "warmup", "groups", "fade", "include", "exclude")
+ARGUMENTS = {
+    *("rule", "alpha", "trust", "bounds", "reference"),
+    *("every", "ema", "warmup", "groups", "fade", "include", "exclude"),
+}
 
 
 def test_preset_builds_the_defaults(monkeypatch):
-    assert set(ARGUMENTS) == set(inspect.signature(DynamicLayerLR).parameters)
+    assert set(inspect.signature(DynamicLayerLR).parameters) == ARGUMENTS
     built, default = from_command_line(monkeypatch), DynamicLayerLR()
     for name in ARGUMENTS:
         assert getattr(built, name) == getattr(default, name)
@@ -273,7 +281,8 @@ def test_preset_builds_the_defaults(monkeypatch):
 
 
 def test_all_arguments_are_taken_from_the_command_line(monkeypatch):
-    options = {"rule": "trust", "trust": 0.5, "groups": "block", "fade": "true"}
+    options = {"rule": "trust", "trust": 0.5, "reference": "mean", "groups": "block", "fade": "true"}
     built = from_command_line(monkeypatch, *(f"--trainer.callbacks.init_args.{k}={v}" for k, v in options.items()))
     assert (built.rule, built.trust, built.groups, built.fade) == ("trust", 0.5, "block", True)
+    assert built.reference == "mean"
     assert built.bounds == (0.1, 10.0)

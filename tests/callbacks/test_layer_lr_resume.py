@@ -24,8 +24,9 @@ pytestmark = pytest.mark.filterwarnings(
         (SGD_MOMENTUM, None, {}),
         (AdamW, ONE_CYCLE, {"rule": "trust", "fade": True, "groups": "block"}),
         (SGD_MOMENTUM, None, {"rule": "snr"}),
+        (SGD_MOMENTUM, None, {"rule": "trust", "reference": "start"}),
     ],
-    ids=["sgd", "adamw-trust-fade", "snr"],
+    ids=["sgd", "adamw-trust-fade", "snr", "trust-start"],
 )
 def test_resume_is_bit_equal(make, scheduler, options, tmp_path):
     options = {**RULE, **options}

@@ -40,7 +40,7 @@ def head_apart(name: str) -> str:
     return "head" if name == "net.7" else "body"
 
 
-def written_out(kind, rule, beta, fade=False, group=str, scheduler=None, lr=0.05, epochs=4):
+def written_out(kind, rule, beta, fade=False, group=str, scheduler=None, lr=0.05, epochs=4, reference="mean"):
     module = kind().double()
     layers = {name: module.get_submodule(name) for name in LAYERS}
     layered = {id(p) for layer in layers.values() for p in layer.parameters()}
@@ -50,7 +50,7 @@ def written_out(kind, rule, beta, fade=False, group=str, scheduler=None, lr=0.05
     batches = [(x.double(), y) for _ in range(epochs) for x, y in images()]
     rates = rates_of(scheduler, len(batches)) if scheduler else [lr] * len(batches)
     momentum = dict.fromkeys(LAYERS, 0.0)
-    read, raw, history = None, dict.fromkeys(LAYERS, 1.0), []
+    read, raw, history, centre = None, dict.fromkeys(LAYERS, 1.0), [], None
     for step, (batch, rate) in enumerate(zip(batches, rates, strict=True)):
         optimizer.zero_grad()
         module.loss(batch).backward()
@@ -73,7 +73,8 @@ def written_out(kind, rule, beta, fade=False, group=str, scheduler=None, lr=0.05
                     case "article":
                         x[key] = 1 + 0.5 * (1 - math.exp(-0.1 * torch.cat(elements).var().item()))
             low, high = (0.1, 10.0) if rule == "trust" else (0.4, 2.3)
-            centre = sum(x.values()) / len(x)
+            if centre is None or reference == "mean":
+                centre = sum(x.values()) / len(x)
             raw = {
                 name: x[group(name)]
                 if rule == "article"
@@ -102,9 +103,10 @@ def written_out(kind, rule, beta, fade=False, group=str, scheduler=None, lr=0.05
 @pytest.mark.parametrize(
     ("rule", "beta", "options"),
     [
-        ("trust", 0.0, {}),
-        ("trust", 0.9, {"fade": True, "scheduler": ONE_CYCLE}),
-        ("trust", 0.9, {"group": head_apart}),
+        ("trust", 0.0, {"reference": "mean"}),
+        ("trust", 0.0, {"reference": "start"}),
+        ("trust", 0.9, {"reference": "start", "fade": True, "scheduler": ONE_CYCLE}),
+        ("trust", 0.9, {"reference": "mean", "group": head_apart}),
         ("snr", 0.9, {}),
         ("snr", 0.9, {"group": head_apart}),
         ("variance", 0.9, {"fade": True, "scheduler": partial(CosineAnnealingLR, T_max=24)}),
@@ -114,7 +116,8 @@ def written_out(kind, rule, beta, fade=False, group=str, scheduler=None, lr=0.05
     ],
     ids=[
         "trust",
-        "trust-momentum-fade",
+        "trust-start",
+        "trust-start-momentum-fade",
         "trust-groups",
         "snr",
         "snr-groups",
@@ -128,7 +131,8 @@ def test_equals_the_rule_written_out(rule, beta, options):
     options = {"kind": User, "lr": 0.05, **options}
     module = options["kind"](partial(SGD, lr=options["lr"], momentum=beta), options.get("scheduler"))
     recorder, groups = Recorder(), options.get("group", "layer")
-    callback = DynamicLayerLR(rule=rule, groups=groups, fade=options.get("fade", False), **AT_ONCE)
+    given = {"fade": options.get("fade", False), "reference": options.get("reference")}
+    callback = DynamicLayerLR(rule=rule, groups=groups, **given, **AT_ONCE)
     trainer_of(callback, recorder, epochs=4, precision="64-true").fit(module, images())
     expected, history = written_out(rule=rule, beta=beta, **options)
     assert len(history) == len(recorder.multipliers) == 24

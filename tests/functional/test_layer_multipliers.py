@@ -9,7 +9,9 @@ from ds_lightning.functional.gradient_statistics import (
     article_multipliers,
     element_variance,
     gradient_variance,
+    mean_exponent,
     snr_multipliers,
+    trust_exponents,
     trust_multipliers,
     variance_multipliers,
 )
@@ -37,6 +39,16 @@ def test_without_noise_in_the_mean_trust_is_the_ratio_of_lars():
     m = trust_multipliers(torch.zeros(3).double(), e, doubles(7, 8, 9), w, 1.0, (1e-9, 1e9))
     ratio = w.sqrt() / e.sqrt()  # ||w|| / ||g||; the number of weights cancels
     torch.testing.assert_close(m, ratio / ratio.log().mean().exp())
+    m = trust_multipliers(torch.zeros(3).double(), e, doubles(7, 8, 9), w, 1.0, (1e-9, 1e9), center=0.0)
+    torch.testing.assert_close(m, ratio)
+
+
+def test_the_mean_exponent_is_that_of_the_layers_that_have_one():
+    a, e, n, w = doubles(0, 0, 0), doubles(1, 0, 4), doubles(2, 2, 2), doubles(9, 1, 1)
+    x = trust_exponents(a, e, n, w, 1.0)
+    assert mean_exponent(x) == pytest.approx((math.log(3) + math.log(0.5)) / 2)
+    assert x[1].isnan()
+    assert mean_exponent(doubles(math.nan, math.nan)) is None
 
 
 def test_snr_follows_the_formula_layer_by_layer():
