@@ -22,6 +22,7 @@ RULES: dict[str, dict[str, Any]] = {
     "default": {},
     **{rule: {"rule": rule} for rule in ("variance", "trust", "snr", "article")},
     "trust_mean": {"rule": "trust", "reference": "mean"},
+    "trust_vectors": {"rule": "trust", "bounds": (0.01, 100.0), "vectors": 50.0},
     "variance_fade": {"rule": "variance", "fade": True},
     "trust_fade": {"rule": "trust", "fade": True},
     "variance_block": {"rule": "variance", "groups": "block"},

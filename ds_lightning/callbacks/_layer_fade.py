@@ -33,11 +33,11 @@ class Fade:
         self.peaks = [max(peak, rate) for peak, rate in zip(peaks, now, strict=True)]
         return True
 
-    def faded(self, multipliers: Sequence[float]) -> list[float]:
-        """Return each layer's multiplier to the power of `rate / peak` of its parameter group."""
+    def faded(self, multipliers: Sequence[float], group: Sequence[int] | None = None) -> list[float]:
+        """Return each multiplier to the power of `rate / peak` of its parameter group; None: those of the layers."""
         share = [rate / peak if peak > 0 else 1.0 for rate, peak in zip(self.rates, self.peaks, strict=True)]
         # Before the first step, and for a group that was added since the last one, there is no rate yet.
-        powers = [share[group] if group < len(share) else 1.0 for group in self.group]
+        powers = [share[at] if at < len(share) else 1.0 for at in (self.group if group is None else group)]
         return [m**power for m, power in zip(multipliers, powers, strict=True)]
 
     def state_dict(self) -> dict[str, Any]:

@@ -39,6 +39,7 @@ class VarianceRule:
     trust: float = 0.0
     fade: bool = False
     reference: ReferenceName = "mean"
+    vectors: float = 1.0
 
     @property
     def first_change(self) -> int:
@@ -98,9 +99,10 @@ class VarianceRule:
                 m = snr_multipliers(a, e, self.alpha, self.bounds, self.ramp(step))
             case "trust":
                 statistics = a, e, size, added(rows["weight"] ** 2), self.alpha
-                if self.reference == "start" and center is None and step >= self.warmup:
-                    # Not earlier: with residual branches that begin at zero most layers have no gradient at first.
-                    center = mean_exponent(trust_exponents(*statistics, self.trust))
+                x = trust_exponents(*statistics, self.trust)
+                # With residual branches that begin at zero most layers have no gradient in the first step.
+                if self.reference == "start" and center is None and (step >= self.warmup or not bool(x.isnan().any())):
+                    center = mean_exponent(x)
                 m = trust_multipliers(*statistics, self.bounds, self.trust, self.ramp(step), center)
             case "variance":
                 m = variance_multipliers(a, e, size, self.alpha, self.bounds, self.ramp(step))

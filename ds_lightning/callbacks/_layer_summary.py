@@ -46,9 +46,12 @@ def no_effect(scaled: Sequence[ScaledSteps], trainer: pl.Trainer) -> str | None:
         return "no optimizer holds a weight with two or more dimensions that include and exclude let through"
     rule, steps = scaled[0].rule, max(one.steps for one in scaled)
     article = rule.name == "article"
-    if not article and all(len(one.layers) == 1 for one in scaled):
+    if rule.vectors != 1 and steps:
+        return None
+    relative = not article and rule.reference == "mean"
+    if relative and all(len(one.layers) == 1 for one in scaled):
         return "there is one layer, and multipliers are relative to the mean over the layers"
-    if not article and all(len(set(one.groups)) == 1 for one in scaled):
+    if relative and all(len(set(one.groups)) == 1 for one in scaled):
         return "all layers are in one group, and multipliers are relative to the mean over the groups"
     if article and steps > rule.every:
         changed, readings = max((one.changed, one.readings) for one in scaled)

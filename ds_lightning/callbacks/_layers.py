@@ -108,6 +108,34 @@ def block_of(name: str) -> str:
     return name
 
 
+def find_vectors(
+    module: nn.Module,
+    stepped: Iterable[Tensor],
+    include: Sequence[str] | None = None,
+    exclude: Sequence[str] | None = None,
+) -> list[Tensor]:
+    """List the scales and shifts of norm layers, and the biases, that are among the stepped parameters and no layer's.
+
+    Args:
+        module: the module to search.
+        stepped: the parameters that an optimizer holds.
+        include: fnmatch patterns on parameter names; None: all.
+        exclude: fnmatch patterns on parameter names that are left out.
+    """
+    stepped = list(stepped)
+    held = {id(parameter) for parameter in stepped}
+    held -= {id(tensor) for layer in find_layers(module, stepped, include, exclude) for tensor in layer.tensors}
+    return [
+        parameter
+        for name, parameter in plain_names(module).items()
+        if id(parameter) in held
+        and parameter.ndim < 2
+        and parameter.is_floating_point()
+        and (include is None or matches(name, include))
+        and not matches(name, exclude or ())
+    ]
+
+
 def check_patterns(module: nn.Module, argument: str, patterns: Sequence[str] | None) -> None:
     """Refuse a pattern that matches no parameter: a typing error would go unseen.
 

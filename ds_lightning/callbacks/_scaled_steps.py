@@ -35,6 +35,7 @@ class ScaledSteps:
         rule: how multipliers are made.
         broadcast: statistics come from rank 0.
         groups: which layers share one multiplier, as `group_numbers` takes it.
+        find_vectors: returns the other parameters, whose multiplier is the rule's `vectors`.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class ScaledSteps:
         rule: VarianceRule,
         broadcast: bool = False,
         groups: str | Callable[[str], str] = "layer",
+        find_vectors: Callable[[list[Tensor]], list[Tensor]] | None = None,
     ) -> None:
         self.optimizer = optimizer
         self.rule = rule
@@ -57,6 +59,9 @@ class ScaledSteps:
         self._find = find
         self._broadcast = broadcast
         self._groups = groups
+        self._find_vectors = find_vectors
+        self._vectors: list[Tensor] = []
+        self._vector_groups: list[int] = []  # the parameter group of each, to fade
         self._fade = Fade()
         self._stepped: list[Tensor] = []
         self._sparse: set[str] = set()
@@ -179,6 +184,8 @@ class ScaledSteps:
         self._stepped = stepped
         self.layers = [layer for layer in self._find(stepped) if layer.name not in self._sparse]
         self.groups = group_numbers(self.layers, self._groups)
+        if self._find_vectors is not None and self.rule.vectors != 1:
+            self._vectors = self._find_vectors(stepped)
         self.statistics = self.statistics.aligned([layer.name for layer in self.layers])
         self._use_multipliers()
 
@@ -228,12 +235,14 @@ class ScaledSteps:
         for layer, m in zip(self.layers, self.statistics.multipliers, strict=True):
             if m != 1:
                 self._scaled += layer.tensors
+        self._scaled += self._vectors
         if len(before) != len(self._scaled) or not all(map(is_, before, self._scaled)):
             self._buffers = []
             self._sharded = any(map(is_sharded, self._scaled))
         if self.rule.fade:
             at = {id(p): i for i, group in enumerate(self.optimizer.param_groups) for p in group["params"]}
             self._fade.group = [at[id(layer.weight)] for layer in self.layers]
+            self._vector_groups = [at[id(vector)] for vector in self._vectors]
         self._set_factors()
 
     def _set_factors(self) -> None:
@@ -246,6 +255,10 @@ class ScaledSteps:
             if m != 1
             for _ in layer.tensors
         ]
+        vectors = [self.rule.vectors] * len(self._vectors)
+        if self.rule.fade:
+            vectors = self._fade.faded(vectors, self._vector_groups)
+        self._retreat += [1 - m for m in vectors]
         self._noted = False
 
     def state_dict(self) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Learning rates layer by layer, from the variance of each layer's gradient."""
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
@@ -15,7 +16,7 @@ from ._layer_fade import check_rates
 from ._layer_picture import log_multipliers
 from ._layer_rules import ReferenceName, RuleName, VarianceRule, checked_rule
 from ._layer_summary import no_effect, summary
-from ._layers import check_patterns, find_layers
+from ._layers import check_patterns, find_layers, find_vectors
 from ._linear_optimizers import check_linear, default_alpha, default_reference
 from ._log_step import log_step
 from ._scaled_steps import ScaledSteps
@@ -32,8 +33,8 @@ class DynamicLayerLR(pl.Callback):
 
     **What it changes.** The step of each layer (a weight with two or more dimensions, and its bias) is multiplied, as
     if its parameter group had the rate `scheduler's rate * multiplier`, decoupled weight decay included. Parameter
-    groups, schedulers and optimizer checkpoints stay as they are. Norm layers and other vectors keep multiplier 1,
-    and so does every layer at first: the rule fades in from step `every` to step `warmup`.
+    groups, schedulers and optimizer checkpoints stay as they are. Every layer has multiplier 1 at first: the rule
+    fades in from step `every` to step `warmup`. Norm layers and other vectors have the multiplier `vectors`.
 
     **What it logs.** `layer_lr/<layer>`, the multiplier, and `layer_lr_variance/<layer>`, the gradient's variance
     averaged over the weights, every `log_every_n_steps`; a picture of all multipliers over the steps on loggers with
@@ -61,8 +62,10 @@ class DynamicLayerLR(pl.Callback):
         trust: strength of the weights' size, >= 0, for rule "trust" alone. None: 1.
         bounds: smallest and largest multiplier, 0 < low <= 1 <= high. None: (0.4, 2.3), (0.1, 10) for rule "trust".
         reference: what has multiplier 1, for rule "trust": "mean", the mean over the layers at each reading, so that
-            only the layers' shares change; "start", that mean as it was at step `warmup`, so that the rate of all
-            layers follows the size of weights over gradients, as in LARS. None: "start" for SGD, else "mean".
+            only the layers' shares change; "start", that mean as it was when all layers had a gradient first, at step
+            `warmup` at the latest, so that the rate of all layers follows the size of weights over gradients, as in
+            LARS. None: "start" for SGD, else "mean".
+        vectors: multiplier of all norm layers' scales and shifts, and of biases that belong to no layer, > 0.
         every: optimizer steps between two readings, >= 1.
         ema: decay of the averages for each optimizer step, in [0, 1); a reading weighs `1 - ema ** every`.
         warmup: optimizer step at which the rule has its full strength, >= 0.
@@ -88,6 +91,7 @@ class DynamicLayerLR(pl.Callback):
         trust: float | None = None,
         bounds: tuple[float, float] | None = None,
         reference: ReferenceName | None = None,
+        vectors: float = 1.0,
         every: int = 10,
         ema: float = 0.95,
         warmup: int = 50,
@@ -97,6 +101,8 @@ class DynamicLayerLR(pl.Callback):
         exclude: list[str] | None = None,
     ) -> None:
         self.trust, self.bounds = checked_rule(rule, alpha, trust, bounds, reference)
+        if not 0 < vectors < math.inf:
+            raise ConfigError(f"vectors is {vectors}; expected a number > 0")
         if every < 1:
             raise ConfigError(f"every is {every}; expected a number of optimizer steps >= 1")
         if not 0 <= ema < 1:
@@ -111,6 +117,7 @@ class DynamicLayerLR(pl.Callback):
         self.rule = rule
         self.alpha = alpha
         self.reference = reference
+        self.vectors = float(vectors)
         self.every = every
         self.ema = ema
         self.warmup = warmup
@@ -153,10 +160,12 @@ class DynamicLayerLR(pl.Callback):
             if self.fade:
                 check_rates(optimizer.param_groups)
             reference = self.reference or default_reference(optimizer, self.rule)
+            schedule = (self.every, self.ema, self.warmup)
             rule = VarianceRule(
-                alpha, self.bounds, self.every, self.ema, self.warmup, self.rule, self.trust, self.fade, reference
+                alpha, self.bounds, *schedule, self.rule, self.trust, self.fade, reference, self.vectors
             )
-            self._scaled.append(ScaledSteps(optimizer, find, rule, broadcast=shared, groups=self.groups))
+            vectors = partial(find_vectors, pl_module, include=self.include, exclude=self.exclude)
+            self._scaled.append(ScaledSteps(optimizer, find, rule, shared, self.groups, vectors))
         self._resume()
 
     def on_train_batch_end(

@@ -267,7 +267,7 @@ def from_command_line(monkeypatch, *args):
 
 
 ARGUMENTS = {
-    *("rule", "alpha", "trust", "bounds", "reference"),
+    *("rule", "alpha", "trust", "bounds", "reference", "vectors"),
     *("every", "ema", "warmup", "groups", "fade", "include", "exclude"),
 }
 

@@ -40,7 +40,9 @@ def head_apart(name: str) -> str:
     return "head" if name == "net.7" else "body"
 
 
-def written_out(kind, rule, beta, fade=False, group=str, scheduler=None, lr=0.05, epochs=4, reference="mean"):
+def written_out(
+    kind, rule, beta, fade=False, group=str, scheduler=None, lr=0.05, epochs=4, reference="mean", vectors=1.0
+):
     module = kind().double()
     layers = {name: module.get_submodule(name) for name in LAYERS}
     layered = {id(p) for layer in layers.values() for p in layer.parameters()}
@@ -93,7 +95,7 @@ def written_out(kind, rule, beta, fade=False, group=str, scheduler=None, lr=0.05
             w2 = layer.weight.detach().square().sum().item()
             read[name] = mean, g2, w2, g.numel(), [g.flatten()]
             momentum[name] = beta * momentum[name] + (1 - beta) * g
-        for own, factor in zip(optimizer.param_groups, [*used.values(), 1.0], strict=True):
+        for own, factor in zip(optimizer.param_groups, [*used.values(), vectors**power], strict=True):
             own["lr"] = rate * factor
         optimizer.step()
         history.append(used)
@@ -107,6 +109,8 @@ def written_out(kind, rule, beta, fade=False, group=str, scheduler=None, lr=0.05
         ("trust", 0.0, {"reference": "start"}),
         ("trust", 0.9, {"reference": "start", "fade": True, "scheduler": ONE_CYCLE}),
         ("trust", 0.9, {"reference": "mean", "group": head_apart}),
+        ("trust", 0.9, {"reference": "start", "vectors": 20.0}),
+        ("variance", 0.9, {"vectors": 0.5, "fade": True, "scheduler": ONE_CYCLE}),
         ("snr", 0.9, {}),
         ("snr", 0.9, {"group": head_apart}),
         ("variance", 0.9, {"fade": True, "scheduler": partial(CosineAnnealingLR, T_max=24)}),
@@ -119,6 +123,8 @@ def written_out(kind, rule, beta, fade=False, group=str, scheduler=None, lr=0.05
         "trust-start",
         "trust-start-momentum-fade",
         "trust-groups",
+        "trust-vectors",
+        "variance-vectors-fade",
         "snr",
         "snr-groups",
         "variance-fade",
@@ -132,6 +138,7 @@ def test_equals_the_rule_written_out(rule, beta, options):
     module = options["kind"](partial(SGD, lr=options["lr"], momentum=beta), options.get("scheduler"))
     recorder, groups = Recorder(), options.get("group", "layer")
     given = {"fade": options.get("fade", False), "reference": options.get("reference")}
+    given["vectors"] = options.get("vectors", 1.0)
     callback = DynamicLayerLR(rule=rule, groups=groups, **given, **AT_ONCE)
     trainer_of(callback, recorder, epochs=4, precision="64-true").fit(module, images())
     expected, history = written_out(rule=rule, beta=beta, **options)
@@ -141,6 +148,31 @@ def test_equals_the_rule_written_out(rule, beta, options):
     assert max(abs(m - 1) for used in history for m in used.values()) > 0.05
     for got, want in zip(module.parameters(), expected.parameters(), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+
+
+def test_the_start_is_where_all_layers_have_a_gradient_or_else_the_end_of_the_warm_up():
+    """As residual branches that begin at zero: at first the layers before the last have no gradient."""
+
+    class Zero(User):
+        def __init__(self, make):
+            super().__init__(make)
+            torch.nn.init.zeros_(self.net[7].weight)
+
+    class Frozen(User):
+        def __init__(self, make):
+            super().__init__(make)
+            self.net[0].weight.requires_grad_(False)
+
+    def centre(kind, **options):
+        callback = DynamicLayerLR(rule="trust", reference="start", ema=0.0, **options)
+        trainer_of(callback, epochs=1).fit(kind(partial(SGD, lr=0.05)), images())  # 6 steps
+        return callback.state_dict()["optimizers"][0]["center"]
+
+    assert centre(Zero, every=1, warmup=9) is not None
+    assert centre(Zero, every=5, warmup=9) is None  # the only reading that counts is that of the first step
+    assert centre(User, every=5, warmup=9) is not None
+    assert centre(Frozen, every=1, warmup=9) is None
+    assert centre(Frozen, every=1, warmup=4) is not None
 
 
 def test_faded_multipliers_end_at_one_and_the_line_at_the_end_names_the_others(monkeypatch):

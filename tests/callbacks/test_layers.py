@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from ds_lightning.callbacks._layers import check_patterns, find_layers
+from ds_lightning.callbacks._layers import check_patterns, find_layers, find_vectors
 from ds_lightning.errors import ConfigError
 
 
@@ -40,6 +40,16 @@ def test_only_parameters_of_the_optimizer_count():
     net = Net()
     found = find_layers(net, [net.conv.weight, net.norm.weight, net.head.weight])
     assert [(layer.name, layer.bias) for layer in found] == [("conv", None), ("head", None)]
+
+
+def test_vectors_are_what_no_layer_has():
+    net = Net()
+    found = find_vectors(net, net.parameters())
+    assert [id(vector) for vector in found] == [id(net.norm.weight), id(net.norm.bias)]
+    held = [net.norm.bias, net.conv.bias, net.rnn.weight_hh_l0, net.rnn.bias_hh_l0]
+    assert [id(vector) for vector in find_vectors(net, held)] == [id(net.conv.bias), id(net.norm.bias)]
+    assert find_vectors(net, net.parameters(), exclude=["norm.*"]) == []
+    assert [id(vector) for vector in find_vectors(net, net.parameters(), include=["*.weight"])] == [id(net.norm.weight)]
 
 
 def test_patterns_choose_by_parameter_name():
