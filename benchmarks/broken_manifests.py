@@ -4,14 +4,11 @@ import csv
 import io
 import json
 import random
-import signal
 import struct
 import time
 import warnings
 import wave
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from PIL import Image
+from time_limit import TooLong, time_limit
 
 from ds_lightning.datamodules import MultimodalManifest
 from ds_lightning.errors import ConfigError, DataError
@@ -278,7 +276,7 @@ def judge(broken: Broken, good: Path, on_error: str) -> Verdict:
     begin = time.monotonic()
     skipped = 0
     try:
-        with _alarm(), warnings.catch_warnings(record=True) as caught:
+        with time_limit(HANGS_AFTER), warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             data = MultimodalManifest(str(broken.path), SCHEMA, str(good), batch_size=4, on_error=on_error)
             data.setup()
@@ -294,7 +292,7 @@ def judge(broken: Broken, good: Path, on_error: str) -> Verdict:
             outcome, message = "wrong", f"no clear line: {message!r}"
         elif broken.whole and not broken.refused and not broken.suspects and not broken.strange:
             outcome, message = "wrong", f"nothing is broken, and it says {message!r}"
-    except _HangError:
+    except TooLong:
         outcome, message = "wrong", f"it hangs for more than {HANGS_AFTER} s"
     except Exception as error:
         outcome, message = "wrong", f"{type(error).__name__}: {error}"
@@ -336,21 +334,3 @@ def _wrong(broken: Broken, skipped: list[tuple[int, str]], seen: int, said: list
     if broken.strange and not any("Latin-1" in text for text in said):
         return "the encoding is guessed without a warning"
     return ""
-
-
-class _HangError(BaseException):
-    """Not an Exception, so that nothing that is tried catches it."""
-
-
-@contextmanager
-def _alarm() -> Iterator[None]:
-    def stop(*_: Any) -> None:
-        raise _HangError
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(HANGS_AFTER)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)

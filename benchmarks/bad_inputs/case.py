@@ -6,7 +6,6 @@ import hashlib
 import os
 import re
 import resource
-import signal
 import sqlite3
 import tempfile
 import time
@@ -15,6 +14,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from time_limit import TooLong, time_limit
 
 from ds_lightning.cli import main
 from ds_lightning.errors import ConfigError, DataError
@@ -35,10 +36,6 @@ space: {model.label_smoothing: {type: float, low: 0.0, high: 0.1}}
 objective: {metric: val/loss, direction: minimize}
 trials: 1
 """
-
-
-class TooLong(BaseException):
-    """A case ran into the time limit."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +96,7 @@ class Place:
         before = _peak()
         began = time.perf_counter()
         outcome = Outcome(case.name, "", 0.0, 0.0)
-        with self._inside(), _captured() as said, _limited():
+        with self._inside(), _captured() as said, time_limit(SECONDS):
             try:
                 given = case.make(self, folder)
                 began = time.perf_counter()
@@ -183,20 +180,6 @@ class Place:
 
 def _peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
-@contextlib.contextmanager
-def _limited() -> Iterator[None]:
-    def ring(*_: object) -> None:
-        raise TooLong
-
-    before = signal.signal(signal.SIGALRM, ring)
-    signal.alarm(SECONDS)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
 
 
 @contextlib.contextmanager

@@ -16,12 +16,10 @@ class Fade:
     Attributes:
         rates: the rate of each parameter group in the last step.
         peaks: the largest rate of each parameter group so far.
-        group: number of each layer's parameter group.
     """
 
     rates: list[float] = field(default_factory=list)
     peaks: list[float] = field(default_factory=list)
-    group: list[int] = field(default_factory=list)
 
     def follow(self, rates: Sequence[float | Tensor]) -> bool:
         """Take the rates of this step; say whether they differ from those of the last one."""
@@ -33,11 +31,11 @@ class Fade:
         self.peaks = [max(peak, rate) for peak, rate in zip(peaks, now, strict=True)]
         return True
 
-    def faded(self, multipliers: Sequence[float], group: Sequence[int] | None = None) -> list[float]:
-        """Return each multiplier to the power of `rate / peak` of its parameter group; None: those of the layers."""
+    def faded(self, multipliers: Sequence[float], groups: Sequence[int]) -> list[float]:
+        """Return each multiplier to the power of `rate / peak` of its parameter group, whose number `groups` has."""
         share = [rate / peak if peak > 0 else 1.0 for rate, peak in zip(self.rates, self.peaks, strict=True)]
         # Before the first step, and for a group that was added since the last one, there is no rate yet.
-        powers = [share[at] if at < len(share) else 1.0 for at in (self.group if group is None else group)]
+        powers = [share[at] if at < len(share) else 1.0 for at in groups]
         return [m**power for m, power in zip(multipliers, powers, strict=True)]
 
     def state_dict(self) -> dict[str, Any]:

@@ -12,10 +12,10 @@ from ds_lightning.errors import ConfigError
 from ds_lightning.functional.gradient_statistics import (
     article_multipliers,
     element_variance,
+    exponent_multipliers,
     mean_exponent,
     snr_multipliers,
     trust_exponents,
-    trust_multipliers,
     variance_multipliers,
 )
 
@@ -98,12 +98,11 @@ class VarianceRule:
             case "snr":
                 m = snr_multipliers(a, e, self.alpha, self.bounds, self.ramp(step))
             case "trust":
-                statistics = a, e, size, added(rows["weight"] ** 2), self.alpha
-                x = trust_exponents(*statistics, self.trust)
+                x = trust_exponents(a, e, size, added(rows["weight"] ** 2), self.alpha, self.trust)
                 # With residual branches that begin at zero most layers have no gradient in the first step.
                 if self.reference == "start" and center is None and (step >= self.warmup or not bool(x.isnan().any())):
                     center = mean_exponent(x)
-                m = trust_multipliers(*statistics, self.bounds, self.trust, self.ramp(step), center)
+                m = exponent_multipliers(x, self.bounds, self.ramp(step), center)
             case "variance":
                 m = variance_multipliers(a, e, size, self.alpha, self.bounds, self.ramp(step))
         found: list[float] = m[index].tolist()

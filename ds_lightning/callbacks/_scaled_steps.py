@@ -61,7 +61,8 @@ class ScaledSteps:
         self._groups = groups
         self._find_vectors = find_vectors
         self._vectors: list[Tensor] = []
-        self._vector_groups: list[int] = []  # the parameter group of each, to fade
+        self._layer_groups: list[int] = []  # number of each layer's parameter group, to fade
+        self._vector_groups: list[int] = []  # and of each vector's
         self._fade = Fade()
         self._stepped: list[Tensor] = []
         self._sparse: set[str] = set()
@@ -241,14 +242,14 @@ class ScaledSteps:
             self._sharded = any(map(is_sharded, self._scaled))
         if self.rule.fade:
             at = {id(p): i for i, group in enumerate(self.optimizer.param_groups) for p in group["params"]}
-            self._fade.group = [at[id(layer.weight)] for layer in self.layers]
+            self._layer_groups = [at[id(layer.weight)] for layer in self.layers]
             self._vector_groups = [at[id(vector)] for vector in self._vectors]
         self._set_factors()
 
     def _set_factors(self) -> None:
         """Fade the multipliers to what is used in this step; the tensors stay the same."""
         multipliers = self.statistics.multipliers
-        self._used = self._fade.faded(multipliers) if self.rule.fade else multipliers
+        self._used = self._fade.faded(multipliers, self._layer_groups) if self.rule.fade else multipliers
         self._retreat = [
             1 - used
             for layer, m, used in zip(self.layers, multipliers, self._used, strict=True)

@@ -94,7 +94,6 @@ def variance_multipliers(
     alpha: float,
     bounds: tuple[float, float],
     ramp: float = 1.0,
-    center: float | None = None,
 ) -> Tensor:
     """Turn the gradient statistics of the layers into multipliers of the learning rate.
 
@@ -102,7 +101,7 @@ def variance_multipliers(
 
         var = max(E - max(A, 0), 1e-3 E)
         x = -alpha / 2 * log(var / N)
-        m = exp(ramp * clamp(x - center, log low, log high))
+        m = exp(ramp * clamp(x - mean of x over the layers, log low, log high))
 
     Args:
         mean_sq: A, an average of `||E g||^2`, (L,).
@@ -111,7 +110,6 @@ def variance_multipliers(
         alpha: strength, > 0: 1 for SGD-type optimizers; 0.5 for Adam-type ones, which normalise by themselves.
         bounds: `(low, high)`, the smallest and the largest multiplier, 0 < low <= 1 <= high.
         ramp: 0 (all multipliers are 1) to 1 (the full rule).
-        center: the x that has multiplier 1; None: the mean of x over the layers (`mean_exponent`).
 
     Returns:
         The multipliers, (L,). A layer without a positive, finite E gets 1 and does not count in the mean.
@@ -120,7 +118,7 @@ def variance_multipliers(
         >>> variance_multipliers(torch.zeros(2), torch.tensor([1.0, 4.0]), torch.ones(2), 1.0, (0.1, 10.0))
         tensor([1.4142, 0.7071])
     """
-    return _multipliers(_variance_exponents(mean_sq, second, numel, alpha), bounds, ramp, center)
+    return exponent_multipliers(_variance_exponents(mean_sq, second, numel, alpha), bounds, ramp)
 
 
 def trust_multipliers(
@@ -160,7 +158,8 @@ def trust_multipliers(
         >>> trust_multipliers(torch.zeros(2), e, n, w, 1.0, (0.1, 10.0))
         tensor([1.4142, 0.7071])
     """
-    return _multipliers(trust_exponents(mean_sq, second, numel, weight_sq, alpha, trust), bounds, ramp, center)
+    x = trust_exponents(mean_sq, second, numel, weight_sq, alpha, trust)
+    return exponent_multipliers(x, bounds, ramp, center)
 
 
 def trust_exponents(
@@ -189,6 +188,27 @@ def mean_exponent(x: Tensor) -> float | None:
     return float(known.mean()) if len(known) else None
 
 
+def exponent_multipliers(
+    x: Tensor, bounds: tuple[float, float], ramp: float = 1.0, center: float | None = None
+) -> Tensor:
+    """Return `exp(ramp * clamp(x - center, log low, log high))`; 1 where x is NaN.
+
+    Args:
+        x: of each layer, (L,).
+        bounds: `(low, high)`, the smallest and the largest multiplier, 0 < low <= 1 <= high.
+        ramp: 0 (all multipliers are 1) to 1 (the full rule).
+        center: the x that has multiplier 1; None: the mean of x over the layers.
+
+    Example:
+        >>> exponent_multipliers(torch.tensor([0.0, float("nan"), 2.0]), (0.5, 3.0), center=0.0)
+        tensor([1., 1., 3.])
+    """
+    known = ~x.isnan()
+    about = x.nansum() / known.sum().clamp(min=1) if center is None else center
+    exponent = ramp * (x - about).clamp(math.log(bounds[0]), math.log(bounds[1]))
+    return torch.where(known, torch.exp(exponent), torch.ones_like(x))
+
+
 def snr_multipliers(
     mean_sq: Tensor, second: Tensor, alpha: float, bounds: tuple[float, float], ramp: float = 1.0
 ) -> Tensor:
@@ -214,7 +234,7 @@ def snr_multipliers(
     """
     signal = torch.maximum(mean_sq, VARIANCE_FLOOR * second)
     x = alpha / 2 * torch.log(signal / gradient_variance(mean_sq, second))
-    return _multipliers(torch.where(_known(mean_sq, second), x, torch.nan), bounds, ramp, None)
+    return exponent_multipliers(torch.where(_known(mean_sq, second), x, torch.nan), bounds, ramp)
 
 
 def element_variance(grad_sum: Tensor, grad_sq: Tensor, numel: Tensor) -> Tensor:
@@ -252,11 +272,3 @@ def _known(mean_sq: Tensor, second: Tensor) -> Tensor:
 def _variance_exponents(mean_sq: Tensor, second: Tensor, numel: Tensor, alpha: float) -> Tensor:
     x = -alpha / 2 * torch.log(gradient_variance(mean_sq, second) / numel)
     return torch.where(_known(mean_sq, second), x, torch.nan)
-
-
-def _multipliers(x: Tensor, bounds: tuple[float, float], ramp: float, center: float | None) -> Tensor:
-    """Return exp of x about the center, bounded; 1 where x is NaN."""
-    known = ~x.isnan()
-    about = x.nansum() / known.sum().clamp(min=1) if center is None else center
-    exponent = ramp * (x - about).clamp(math.log(bounds[0]), math.log(bounds[1]))
-    return torch.where(known, torch.exp(exponent), torch.ones_like(x))
