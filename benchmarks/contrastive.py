@@ -4,7 +4,8 @@ The same network throughout. Supervised training (`supervised`) and fine-tuning 
 share of the labels: optimizer, rate, weight decay and augmentation by the validation accuracy of the first seed, then
 every seed is trained with the best and tested once. The pre-training (`ContrastivePretraining`) sees all training
 samples and no label; `probe` is logistic regression on its frozen features, `knn` its neighbours' vote. Of texts,
-`tfidf` is the usual baseline: TF-IDF and logistic regression.
+`tfidf` is the usual baseline: TF-IDF and logistic regression. `distilled`, on demand (--methods), fine-tunes the
+encoder once more, on what the fine-tuned network says of all training images (SimCLRv2, arXiv 2006.10029).
 
 `cifar10`, `sst2` and `20newsgroups` need `--data-dir` with cifar10_jpeg.npz, sst2_{train,dev,test}.txt or
 20newsgroups.npz; `fashion` the folder that torchvision reads. `mnist5k` is always there.
@@ -34,8 +35,11 @@ import lightning.pytorch as pl
 import torch
 from contrastive_data import IMAGES, TEXTS, labelled, prepare, views
 from gpu_processes import training_processes
+from torch import Tensor
+from torch.nn import functional as F
 
 from ds_lightning.callbacks import LinearProbe
+from ds_lightning.functional.batch import input_of, labelled_batch
 from ds_lightning.modules import Classifier, ContrastivePretraining
 
 # (optimizer, rate, weight decay, augmentation), the likely ones first: --grid takes only so many.
@@ -59,11 +63,16 @@ TEXT_GRID = {
     "supervised": list(itertools.product(("adamw",), (1e-3, 3e-3, 3e-4), (0.01, 0.3), ("none",))),
     "finetune": list(itertools.product(("adamw",), (3e-4, 1e-3, 1e-4), (0.01, 0.3), ("none",))),
 }
+METHODS = ("supervised", "finetune", "distilled")
 
 
 @dataclass(frozen=True)
 class Run:
-    """One training. `train_size` is the number of labels; None: all."""
+    """One training.
+
+    `train_size` is the number of labels; None: all. `keep` is where the trained weights go, `teacher` the file of those
+    whose answers take the place of labels.
+    """
 
     name: str
     cache: str
@@ -78,6 +87,8 @@ class Run:
     network: str = "resnet8"
     network_options: str = "{}"
     encoder: str = ""
+    keep: str = ""
+    teacher: str = ""
     split: str = "val"
     device: str = "cpu"
 
@@ -134,6 +145,19 @@ def optimizer_of(run: Run) -> Any:
     return lambda params: torch.optim.SGD(params, lr=run.lr, momentum=0.9, nesterov=True, weight_decay=run.weight_decay)
 
 
+class Student(Classifier):
+    """Learns what a teacher of the same architecture says of each augmented batch, and no label."""
+
+    teacher: tuple[torch.nn.Module, ...] = ()  # a tuple, so that it is no part of this module
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x = input_of(labelled_batch(batch))
+        with torch.no_grad():
+            said = self.teacher[0](x).float().softmax(1)
+        loss: Tensor = F.cross_entropy(self(x), said)
+        return loss
+
+
 def supervised(run: Run) -> dict[str, Any]:
     """Train with labels, from scratch or from an encoder; return the accuracy on the run's split."""
     begin = start(run.seed)
@@ -150,15 +174,25 @@ def supervised(run: Run) -> dict[str, Any]:
     options: dict[str, Any] = {"network_options": json.loads(run.network_options)}
     if run.encoder:
         options["encoder"] = run.encoder
-    module = Classifier(run.network, optimizer=optimizer_of(run), lr_scheduler="cosine", **options)
+    module = (Student if run.teacher else Classifier)(
+        run.network, optimizer=optimizer_of(run), lr_scheduler="cosine", **options
+    )
+    if isinstance(module, Student):
+        teacher = Classifier(run.network, num_classes=data.num_classes, **options)
+        teacher.configure_model()
+        teacher.load_state_dict(torch.load(run.teacher, map_location="cpu", weights_only=True))
+        teacher.to(run.device, memory_format=torch.channels_last).eval().requires_grad_(False)
+        module.teacher = (teacher,)
     fit = trainer(run.device, max_steps=run.steps, max_epochs=-1, limit_val_batches=0)
     fit.fit(module, data)
+    if run.keep:
+        torch.save(module.state_dict(), run.keep)
     data.batch_size = 1000
     judge = trainer(run.device)
     evaluate = judge.test if run.split == "test" else judge.validate
     accuracy = evaluate(module, data, verbose=False)[0][f"{run.split}/accuracy"]
     seconds = time.perf_counter() - begin
-    kind = "finetune" if run.encoder else "supervised"
+    kind = "distilled" if run.teacher else "finetune" if run.encoder else "supervised"
     size_said = run.train_size or "all"
     print(
         f"{run.name} {kind} {size_said} labels, seed {run.seed}, "
@@ -293,7 +327,39 @@ def bench(options: argparse.Namespace, pool: ProcessPoolExecutor, cache: Path) -
             tests[kind][share] = [
                 pool.submit(
                     supervised,
-                    replace(run, seed=seed, split="test", encoder=paths[seed] if kind == "finetune" else ""),
+                    replace(
+                        run,
+                        seed=seed,
+                        split="test",
+                        encoder=paths[seed] if kind == "finetune" else "",
+                        keep=str(cache / f"{kind}_{share:g}_seed{seed}.pt"),
+                    ),
+                )
+                for seed in seeds
+            ]
+    if "distilled" in options.methods:
+        # The fine-tuning's first setting, for twice the steps; nothing is tuned.
+        tests["distilled"] = {}
+        for share, futures in tests["finetune"].items():
+            if share == 1:
+                continue
+            for future in futures:
+                future.result()
+            tests["distilled"][share] = [
+                pool.submit(
+                    supervised,
+                    replace(
+                        base,
+                        seed=seed,
+                        optimizer="adamw",
+                        lr=3e-3,
+                        weight_decay=0.05,
+                        augment="crop_flip",
+                        steps=2 * options.steps,
+                        encoder=paths[seed],
+                        teacher=str(cache / f"finetune_{share:g}_seed{seed}.pt"),
+                        split="test",
+                    ),
                 )
                 for seed in seeds
             ]
@@ -355,10 +421,12 @@ def main() -> None:
     parser.add_argument("--view-options", default="{}", help='JSON over the defaults, such as {"color": 1.0}')
     parser.add_argument("--steps", type=int, default=2000, help="of each supervised training and fine-tuning")
     parser.add_argument("--grid", type=int, default=0, help="only so many settings of each grid; 0: all")
-    parser.add_argument("--methods", nargs="+", choices=("supervised", "finetune"), default=["supervised", "finetune"])
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=["supervised", "finetune"])
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--jobs", type=int, default=1, help="processes, in turn on the GPUs that are there")
     options = parser.parse_args()
+    if "distilled" in options.methods and "finetune" not in options.methods:
+        parser.error("distilled needs finetune, its teacher: --methods finetune distilled")
     options.network = options.network or ("bag" if options.what in TEXTS else "resnet8")
     begin = time.perf_counter()
     with (

@@ -113,8 +113,10 @@ class Curve(pl.Callback):
         self.accuracies: list[Tensor] = []
         self.multipliers: dict[str, dict[str, float]] = {}
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         pl_module.to(memory_format=torch.channels_last)
+        if pl_module.run.device == "cuda" and pl_module.run.size:
+            capture(pl_module)
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         step = trainer.global_step
@@ -124,6 +126,17 @@ class Curve(pl.Callback):
         for when, wanted in (("half", self.half), ("end", max(self.steps))):
             if step == wanted and self.layers is not None:
                 self.multipliers[when] = dict(self.layers.multipliers)
+
+
+def capture(module: Plain) -> None:
+    """Record forward and backward of the network as CUDA graphs: the host is too slow for kernels as small as these."""
+    draw = module.data.draws(1, module.run.batch_size, 0)[0]
+    x, _ = module.data.batch(draw, module.run.size)
+    buffers = {name: value.clone() for name, value in module.network.named_buffers()}
+    with torch.autocast("cuda", torch.bfloat16, cache_enabled=False):
+        torch.cuda.make_graphed_callables(module.network, (x,))
+    for name, value in module.network.named_buffers():  # the recording trained the statistics of the norms
+        value.copy_(buffers[name])
 
 
 def judged(module: Plain, split: str) -> Tensor:

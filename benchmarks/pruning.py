@@ -249,6 +249,7 @@ def main() -> None:
     timing.add_argument("--per-turn", type=int, default=5, help="passes or steps")
     timing.add_argument("--batch-size", type=int, default=128, help="of training steps")
     timing.add_argument("--image-size", type=int, default=224)
+    timing.add_argument("--graph", action="store_true", help="each training step as one CUDA graph")
     judging = commands.add_parser("quality")
     judging.add_argument("what", choices=tuple(SHAPES))
     judging.add_argument("--data-dir", default="data", help="folder of the files")
