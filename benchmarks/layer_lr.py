@@ -4,7 +4,7 @@ Every method has its own rate: the best final validation accuracy, mean over the
 alone may choose a rate that is wrong by a factor of two), on a grid of factor 2, which grows until the best has a worse
 one on both sides (`bracketed`), at most `--extensions` times. With that rate every seed is trained: for a seed all
 methods have the same first weights, batches and augmentation. Weight decay is the optimizer's (SGD 5e-4, AdamW 0.05),
-that of a peer its usual one.
+that of a peer its usual one. On a GPU, networks of images run as CUDA graphs.
 
 The accuracy on a fixed validation part is read at 20 evenly spaced steps. Targets are 60, 75, 90 and 97% of the way
 from chance to the baseline's final accuracy, the mean over its seeds. Steps to a target are interpolated linearly on

@@ -29,7 +29,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from contrastive import spread, start, trainer
+from contrastive import spread
+from contrastive_training import start, trainer
 from gpu_processes import training_processes
 from multimodal_data import ORDER, ArrayBatches, prepare, prepared, split_rows
 from multimodal_linear import linear_scores

@@ -3,8 +3,9 @@
 `speed`: torchvision's ResNet-50, 224 x 224 pixels, new weights, pruned to half of its multiply-accumulates. On a CPU:
 one image, one thread, CPU time of this process alone; beside ours, torch-pruning by itself at a channel ratio that
 comes to half (as it is, and with its `round_to=8`), and the masks that Lightning's ModelPruning sets
-(torch.nn.utils.prune, made permanent). On a GPU: training steps (bf16, channels_last). All take turns; medians, and
-the median over the turns of the ratio to the unpruned network.
+(torch.nn.utils.prune, made permanent). On a GPU: training steps (bf16, channels_last),
+with `--graph` without the host's share; ours with either `scope` and several `round_to`. All take turns; medians,
+and the median over the turns of the ratio to the unpruned network.
 
 `quality`: ResNet-18, SGD and cosine, always as many steps in all. `unpruned`; `progressive`: ProgressivePruning within
 the one fit; `one_shot_finetune`: 60% of the steps, pruned at once, the rest with a second cosine; `scratch`: what
@@ -16,7 +17,7 @@ those of training alone, and depend on how many jobs share a GPU. `mnist5k` is a
 
 Prints JSON.
 Run: `python benchmarks/pruning.py speed`, or on a GPU
-     `python benchmarks/pruning.py speed --device cuda` and
+     `python benchmarks/pruning.py speed --device cuda --graph` and
      `python benchmarks/pruning.py quality cifar10 --data-dir DIR --device cuda --seeds 5 --jobs 8`.
 """
 
@@ -86,8 +87,8 @@ def draw_anew(network: nn.Module) -> None:
 
 def train(run: Run) -> dict[str, Any]:
     """Train, and return the accuracies, what was kept, and the seconds."""
-    from contrastive import start, trainer
     from contrastive_data import labelled
+    from contrastive_training import start, trainer
 
     from ds_lightning.callbacks import ProgressivePruning
     from ds_lightning.modules import Classifier

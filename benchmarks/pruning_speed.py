@@ -92,13 +92,13 @@ def speed(options: argparse.Namespace) -> dict[str, Any]:
     torch.set_num_threads(1)
     torch.backends.cudnn.benchmark = True
     gpu = options.device == "cuda"
-    methods: dict[str, Callable[[Any, Tensor], None]] = {"unpruned": lambda network, x: None, "ours": ours}
+    methods: dict[str, Callable[[Any, Tensor], None]] = {"unpruned": lambda network, x: None}
     methods["torch_pruning"] = torch_pruning_alone
     if gpu:
         for scope, round_to in itertools.product(("global", "layer"), (8, 16, 32, 64)):
             methods[f"ours_{scope}_{round_to}"] = partial(ours, scope=scope, round_to=round_to)
-        del methods["ours"]
     else:
+        methods["ours"] = ours
         methods["torch_pruning_round_to_8"] = lambda network, x: torch_pruning_alone(network, x, round_to=8)
         methods["masks"] = masks
     whole = torchvision.models.resnet50()
