@@ -50,12 +50,13 @@ class UnfinishedRun:
             max_epochs: what it is to train for now; -1 for ever.
 
         Raises:
-            ConfigError: when the run is FINISHED and max_epochs is no larger than it was, or less than what is done.
+            ConfigError: when the run is FINISHED and max_epochs is no larger than it was, or less than what it has
+                begun.
         """
-        done = read_outline(self.checkpoint).content["epoch"]
-        if max_epochs is not None and -1 < max_epochs < done:
+        begun = self._epochs_begun()
+        if max_epochs is not None and -1 < max_epochs < begun:
             raise ConfigError(
-                f"max_epochs is {max_epochs}, but run {self.run_id} has done {done}; give at least {done + 1}"
+                f"max_epochs is {max_epochs}, but run {self.run_id} has begun {begun}; give at least {begun}"
             )
         if self.status != "FINISHED" or max_epochs == -1:
             return
@@ -64,6 +65,15 @@ class UnfinishedRun:
                 f"run {self.run_id} is FINISHED, after max_epochs {self.max_epochs}; to train further give a larger "
                 f"--trainer.max_epochs, got {max_epochs}"
             )
+
+    def _epochs_begun(self) -> int:
+        content = read_outline(self.checkpoint).content
+        try:
+            # The entry `epoch` is one less where the checkpoint was saved within the epoch, its end included.
+            begun: int = content["loops"]["fit_loop"]["epoch_progress"]["current"]["ready"]
+        except (KeyError, TypeError):  # of a script that keeps no loops
+            begun = content["epoch"]
+        return begun
 
 
 def find_unfinished(
