@@ -334,7 +334,7 @@ class TwoRanks(pl.Callback):
 
 def test_two_ranks_share_the_samples_and_count_each_once():
     fit = trainer(
-        TwoRanks(), ContinualMetrics(score_fn=score_and_note), accelerator="cpu", devices=2, strategy="ddp_spawn"
+        TwoRanks(), ContinualMetrics(score_fn=score_and_note), accelerator="cpu", devices=2, strategy="ddp_fork"
     )
     fit.fit(Net(), stream(labels="class"))
     assert fit.callback_metrics["continual/average_accuracy"] > 0.3

@@ -42,7 +42,7 @@ class Keep(pl.Callback):
 def test_all_ranks_leave_the_step_out_together(tmp_path, monkeypatch):
     # Lightning's sampler takes its seed from here, where any earlier seed_everything leaves one.
     monkeypatch.setenv("PL_GLOBAL_SEED", "0")
-    trainer_of(FiniteGuard(), Keep(tmp_path), strategy="ddp_spawn", devices=2).fit(
+    trainer_of(FiniteGuard(), Keep(tmp_path), strategy="ddp_fork", devices=2).fit(
         LossOfRankOne(MAKE), loader(batches())
     )
     a, b = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))

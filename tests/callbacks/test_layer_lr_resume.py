@@ -162,7 +162,7 @@ class SaveRank(pl.Callback):
 def test_two_processes_agree_and_equal_one_with_twice_the_batch(tmp_path):
     norm = partial(nn.GroupNorm, 2)
     trainer = trainer_of(
-        DynamicLayerLR(**RULE), SaveRank(tmp_path), strategy="ddp_spawn", devices=2, use_distributed_sampler=False
+        DynamicLayerLR(**RULE), SaveRank(tmp_path), strategy="ddp_fork", devices=2, use_distributed_sampler=False
     )
     trainer.fit(Halves(norm=norm))
     (zero, weights_zero), (one, weights_one) = (torch.load(tmp_path / f"{r}.pt", weights_only=True) for r in (0, 1))

@@ -208,7 +208,7 @@ class Still(Autoencoder):
 
 
 def test_two_ranks_measure_what_one_does(tmp_path: Path) -> None:
-    for folder, options in (("one", {}), ("two", {"devices": 2, "strategy": "ddp_spawn"})):
+    for folder, options in (("one", {}), ("two", {"devices": 2, "strategy": "ddp_fork"})):
         (tmp_path / folder).mkdir()
         trainer(tmp_path / folder, Ranks(labels=(0.1, 1.0)), max_epochs=1, **options).fit(Still(), Labels(noise=2.0))
     one = torch.load(tmp_path / "one" / "rank0.pt")

@@ -42,15 +42,15 @@ def test_mean_and_variance_agree_with_the_population(make, key, scale, beta):
     generator = torch.Generator().manual_seed(1)
     parameter = torch.nn.Parameter(torch.zeros(single.shape[1], dtype=torch.float64))
     optimizer = make([parameter])
-    found = []
-    for step in range(1, 8001):
-        parameter.grad = single[torch.randint(len(single), (batch,), generator=generator)].mean(0)
-        if step > 1:
-            momentum_sq = (scale * optimizer.state[parameter][key]).square().sum()
-            grad_sq = parameter.grad.square().sum()
-            found.append(torch.stack(layer_gradient_moments(grad_sq[None], momentum_sq[None], beta, step)).flatten())
+    grads = single[torch.randint(len(single), (8000, batch), generator=generator)].mean(1)
+    momenta = []
+    for grad in grads:
+        if optimizer.state:
+            momenta.append((scale * optimizer.state[parameter][key]).square().sum())
+        parameter.grad = grad
         optimizer.step()
-    kept = torch.stack(found)[50:]
+    found = layer_gradient_moments(grads[1:].square().sum(1), torch.stack(momenta), beta, torch.arange(2, 8001))
+    kept = torch.stack(found, dim=1)[50:]
     blocks = kept[: len(kept) // 50 * 50].view(-1, 50, 2).mean(1)  # momentum correlates neighbouring steps
     blocks = torch.stack([blocks[:, 0], blocks[:, 1] - blocks[:, 0]], dim=1)
     error = blocks.std(0) / math.sqrt(len(blocks))

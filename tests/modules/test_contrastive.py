@@ -211,7 +211,7 @@ def test_two_ranks_equal_one(tmp_path: Any) -> None:
         return model
 
     one = fit(16)
-    two = fit(8, strategy="ddp_spawn", devices=2)
+    two = fit(8, strategy="ddp_fork", devices=2)
     start = small(**MOCO, learn_temperature=True)
     mine, theirs = dict(two.named_parameters()), dict(one.named_parameters())
     for name, before in start.named_parameters():

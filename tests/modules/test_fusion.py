@@ -477,7 +477,7 @@ class EndGloo(L.Callback):
 
 def test_two_processes_are_one_also_where_one_has_no_audio(tmp_path: Any) -> None:
     found = []
-    for options in ({"strategy": "ddp_spawn", "devices": 2}, {"devices": 1}):
+    for options in ({"strategy": "ddp_fork", "devices": 2}, {"devices": 1}):
         model = model_of(optimizer=partial(torch.optim.SGD, lr=0.1)).double()
         run = trainer_in(
             tmp_path,

@@ -278,7 +278,7 @@ class LeaveTheGroup(L.Callback):
 def test_two_processes_with_half_of_the_tasks_are_one_with_all(tmp_path: Any) -> None:
     start = network().double()
     found = []
-    for options in ({"strategy": "ddp_spawn", "devices": 2}, {"devices": 1}):
+    for options in ({"strategy": "ddp_fork", "devices": 2}, {"devices": 1}):
         model = maml(copy.deepcopy(start), learn_inner_lr="per_step", optimizer=steepest)
         options = {
             "use_distributed_sampler": False,
