@@ -50,6 +50,7 @@ ALL = METHODS
 SHORT = ("baseline", "default", "variance", "variance_fade", "trust", "trust_fade")
 RESNET50 = Run("", "resnet50", "cifar10", "sgd", steps=400, batch_size=128, size=64)
 RESNET18 = Run("", "resnet18", "cifar10", "sgd", steps=600, batch_size=128, size=32)
+SMALL = Run("", "resnet8", "mnist5k", "sgd", steps=150, batch_size=32, size=28)
 SETTINGS: dict[str, tuple[Run, tuple[str, ...]]] = {
     "resnet50_sgd": (RESNET50, ALL),
     "resnet50_adamw": (replace(RESNET50, optimizer="adamw"), ALL),
@@ -60,7 +61,8 @@ SETTINGS: dict[str, tuple[Run, tuple[str, ...]]] = {
     "resnet18_nonorm_sgd": (replace(RESNET18, network="resnet18_nonorm"), SHORT),
     "finetune": (replace(RESNET18, optimizer="adamw", steps=400, part="second"), (*SHORT, "layer_decay")),
     "text_adamw": (Run("", "text", "sst2", "adamw", steps=600, batch_size=64), SHORT),
-    "small": (Run("", "resnet8", "mnist5k", "sgd", steps=150, batch_size=32, size=28), SHORT[:4]),
+    "small": (SMALL, SHORT[:4]),
+    "small_nonorm": (replace(SMALL, network="resnet8_nonorm"), SHORT[:4]),
 }
 # Where a method's search starts: by its own name, else by the setting's, else by the optimizer's.
 GRIDS = {

@@ -213,10 +213,9 @@ def build(name: str, data: Data, size: int) -> nn.Module:
     from ds_lightning.networks import resnet
 
     channels = data.train[0].shape[-1]
-    if name == "resnet8":
-        return resnet(8, in_channels=channels, num_classes=data.classes)
-    network = resnet(18, in_channels=channels, num_classes=data.classes)
-    return without_norms(network) if name == "resnet18_nonorm" else network
+    depth, _, kind = name.removeprefix("resnet").partition("_")
+    network = resnet(int(depth), in_channels=channels, num_classes=data.classes)
+    return without_norms(network) if kind == "nonorm" else network
 
 
 def head_of(network: nn.Module) -> str:

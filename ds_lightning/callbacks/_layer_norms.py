@@ -28,7 +28,7 @@ def read_norms(
         layers: the layers, at least one, in the order of `statistics.names`.
         statistics: gives, and gets, the number of gradients that each momentum has seen.
         broadcast: send rank 0's norms to all ranks.
-        extra: more rows to read, of `weight` and `sum`.
+        extra: more rows to read, of `weight`, `sum` and `inner`.
     """
     group_of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     grads: dict[int, Tensor] = {}
@@ -68,11 +68,14 @@ def read_norms(
     if "sum" in extra:
         sums = {i: grad.sum(dtype=dtype).to(device, non_blocking=True) for i, grad in grads.items()}
         rows["sum"] = torch.stack([sums.get(i, absent) for i in range(len(layers))])
+    if "inner" in extra:
+        inner = {i: (weights[i] * grad).sum(dtype=dtype).to(device, non_blocking=True) for i, grad in grads.items()}
+        rows["inner"] = torch.stack([inner.get(i, absent) for i in range(len(layers))])
     loss_scale = getattr(optimizer, "grad_scale", None)
     if isinstance(loss_scale, Tensor):
         # A fused optimizer unscales inside its kernel: here the gradients are still scaled.
         loss_scale = loss_scale.to(device, non_blocking=True)
-        rows.update({name: rows[name] / loss_scale for name in ("gradient", "sum") if name in rows})
+        rows.update({name: rows[name] / loss_scale for name in ("gradient", "sum", "inner") if name in rows})
     rows = norms_over_shards(rows, [layer.weight for layer in layers])
     norms = torch.stack(list(rows.values()))
     if broadcast:

@@ -19,6 +19,8 @@ from ds_lightning.functional.gradient_statistics import (
     variance_multipliers,
 )
 
+from ._layer_statistics import LayerStatistics
+
 RuleName = Literal["variance", "trust", "snr", "article"]
 ReferenceName = Literal["mean", "start"]
 RULES = ("variance", "trust", "snr", "article")
@@ -49,6 +51,8 @@ class VarianceRule:
     @property
     def extra_rows(self) -> tuple[str, ...]:
         """What the rule reads beside the norms of gradients and momenta."""
+        if self.name == "trust" and self.reference == "start":
+            return "weight", "inner"
         return {"trust": ("weight",), "article": ("sum",)}.get(self.name, ())
 
     def ramp(self, step: int) -> float:
@@ -58,29 +62,21 @@ class VarianceRule:
         return 1.0 if step >= self.warmup else (step - self.every) / (self.warmup - self.every)
 
     def multipliers(
-        self,
-        moments: Tensor,
-        known: Tensor,
-        rows: dict[str, Tensor],
-        numel: Tensor,
-        group: Sequence[int],
-        step: int,
-        center: float | None = None,
-    ) -> tuple[list[float], float | None]:
-        """Return the multiplier of each layer, and the center that stays from now on.
+        self, statistics: LayerStatistics, rows: dict[str, Tensor], numel: Tensor, group: Sequence[int], step: int
+    ) -> list[float]:
+        """Return the multiplier of each layer; with reference "start", note where it began.
 
         Args:
-            moments: the averages A and E, (2, L), float64 on the host.
-            known: whether a layer has averages, (L,); the others don't count in their group.
+            statistics: the averages; layers without any don't count in their group.
             rows: what the last reading says of each layer, (L,): `weight` and `gradient` are norms, `sum` is the sum
                 of the gradient's elements; NaN where there is none.
             numel: number of weights of each layer, (L,), float64.
             group: number of each layer's group, counted from 0; layers of one group are added up.
             step: optimizer steps so far.
-            center: what an earlier call returned.
         """
         index = torch.tensor(group, dtype=torch.long)
         count = max(group, default=-1) + 1
+        known = statistics.weight > 0
         if self.name == "article":
             # As it is printed: of the last gradient, without averages, bounds, centre or ramp.
             known = torch.isfinite(rows["gradient"]) & torch.isfinite(rows["sum"])
@@ -90,7 +86,7 @@ class VarianceRule:
             return values.new_zeros(count).index_add_(0, index, values)
 
         size = added(numel).clamp(min=1)
-        a, e = added(moments[0]), added(moments[1])
+        a, e = added(statistics.moments[0]), added(statistics.moments[1])
         match self.name:
             case "article":
                 variance = element_variance(added(rows["sum"]), added(rows["gradient"] ** 2), size.clamp(min=2))
@@ -99,14 +95,26 @@ class VarianceRule:
                 m = snr_multipliers(a, e, self.alpha, self.bounds, self.ramp(step))
             case "trust":
                 x = trust_exponents(a, e, size, added(rows["weight"] ** 2), self.alpha, self.trust)
-                # With residual branches that begin at zero most layers have no gradient in the first step.
-                if self.reference == "start" and center is None and (step >= self.warmup or not bool(x.isnan().any())):
-                    center = mean_exponent(x)
-                m = exponent_multipliers(x, self.bounds, self.ramp(step), center)
+                if self.reference == "mean":
+                    m = exponent_multipliers(x, self.bounds, self.ramp(step))
+                else:
+                    # With residual branches that begin at zero most layers have no gradient in the first step.
+                    if step >= self.warmup or not bool(x.isnan().any()):
+                        statistics.start = torch.where(statistics.start.isnan(), x[index], statistics.start)
+                    start = x.new_full((count,), torch.nan).index_copy_(0, index, statistics.start)
+                    bound = added((~statistics.scale_free()).double()) > 0  # a group, where any of its layers is
+                    center = mean_exponent(torch.where(bound, torch.nan, start))
+                    low, high = self.bounds
+                    narrow = max(low, _BOUNDS[0]), min(high, _BOUNDS[1])
+                    m = torch.where(
+                        bound,
+                        variance_multipliers(a, e, size, self.alpha, narrow, self.ramp(step)),
+                        exponent_multipliers(x, self.bounds, self.ramp(step), center),
+                    )
             case "variance":
                 m = variance_multipliers(a, e, size, self.alpha, self.bounds, self.ramp(step))
         found: list[float] = m[index].tolist()
-        return found, center
+        return found
 
 
 def checked_rule(

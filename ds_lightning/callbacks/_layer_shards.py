@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_SUMS = ("sum", "inner")
+
 
 def is_sharded(tensor: Tensor) -> bool:
     """Tell whether a tensor is a DTensor."""
@@ -41,7 +43,7 @@ def norms_over_shards(rows: dict[str, Tensor], weights: Sequence[Tensor]) -> dic
     """Turn norms and sums of this process's parts into those of the whole tensors; one small all-reduce a mesh.
 
     Args:
-        rows: (L,) each; the row `sum` holds sums, all others norms.
+        rows: (L,) each; the rows `sum` and `inner` hold sums, all others norms.
         weights: the L tensors; whole ones are left as they are.
     """
     sharded: dict[tuple[Any, tuple[int, ...]], list[int]] = {}
@@ -53,7 +55,7 @@ def norms_over_shards(rows: dict[str, Tensor], weights: Sequence[Tensor]) -> dic
     if not sharded:
         return rows
     # Squares of small float32 norms would underflow.
-    squares = torch.stack([row.double() if name == "sum" else row.double() ** 2 for name, row in rows.items()])
+    squares = torch.stack([row.double() if name in _SUMS else row.double() ** 2 for name, row in rows.items()])
     columns = list(squares.unbind(1))
     for (mesh, dims), chosen in sharded.items():
         # Stacked one by one: an index would be copied to the device, which waits for it.
@@ -63,6 +65,6 @@ def norms_over_shards(rows: dict[str, Tensor], weights: Sequence[Tensor]) -> dic
         for i, column in zip(chosen, part, strict=True):
             columns[i] = column
     return {
-        name: (row if name == "sum" else row.sqrt()).to(rows[name].dtype)
+        name: (row if name in _SUMS else row.sqrt()).to(rows[name].dtype)
         for name, row in zip(rows, torch.stack(columns, dim=1), strict=True)
     }

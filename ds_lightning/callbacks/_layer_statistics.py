@@ -7,7 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ds_lightning.functional.gradient_statistics import ema_update, layer_gradient_moments
+from ds_lightning.functional.gradient_statistics import SCALE_FREE, ema_update, layer_gradient_moments, radial_share
+
+# By chance the share of a gradient of any direction is below SCALE_FREE in one of 23 readings, but the mean of three
+# in one of 4,000 cases.
+_RADIAL_DECAY = 0.9  # a reading
+_RADIAL_WEIGHT = 1 - 0.9**2.5  # more than two readings
 
 
 @dataclass
@@ -16,7 +21,8 @@ class Reading:
 
     `norms` is (R, L), with a row for each name in `rows`: `gradient` and `momentum`, the norms of the gradient (NaN
     where there is none) and of the momentum buffer; `weight`, the norm of the weight; `sum`, of the gradient's
-    elements. It lies in pinned memory on CUDA and is valid once `copied` has happened.
+    elements; `inner`, the inner product of weight and gradient. It lies in pinned memory on CUDA and is valid once
+    `copied` has happened.
     """
 
     names: list[str]
@@ -41,6 +47,13 @@ class Reading:
         values = take(self._on_host().double(), [at.get(name) for name in names], float("nan"))
         return dict(zip(self.rows, values, strict=True))
 
+    def radial(self, names: Sequence[str], numel: Tensor) -> Tensor | None:
+        """Return `radial_share` of these layers, (L,), NaN where it is not known; None when it was not read."""
+        rows = self.by_row(names)
+        if not {"inner", "weight"} <= set(rows):
+            return None
+        return radial_share(rows["inner"], rows["weight"] ** 2, rows["gradient"] ** 2, numel)
+
     def _on_host(self) -> Tensor:
         if self.copied is not None:
             # A period old, so this seldom waits. Asking `query()` instead would let ranks read at different steps.
@@ -60,13 +73,24 @@ class Reading:
 
 @dataclass
 class LayerStatistics:
-    """What is known of each layer: averages of its moments, gradients seen, and the multiplier in use."""
+    """What is known of each layer: averages of its moments, gradients seen, and the multiplier in use.
+
+    `radial` holds the average of `radial_share` and the weight of that average, (2, L); `start` the exponents that
+    were a layer's first, (L,), NaN where there are none yet.
+    """
 
     names: list[str] = field(default_factory=list)
     moments: Tensor = field(default_factory=lambda: torch.zeros(2, 0, dtype=torch.float64))
     weight: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
     seen: list[int] = field(default_factory=list)
     multipliers: list[float] = field(default_factory=list)
+    radial: Tensor = field(default_factory=lambda: torch.zeros(2, 0, dtype=torch.float64))
+    start: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
+
+    def __post_init__(self) -> None:
+        if self.radial.shape[1] != len(self.names):  # a checkpoint from before these were kept
+            self.radial = torch.zeros(2, len(self.names), dtype=torch.float64)
+            self.start = torch.full((len(self.names),), torch.nan, dtype=torch.float64)
 
     def aligned(self, names: Sequence[str]) -> "LayerStatistics":
         """Return the statistics of these layers, matched by name; a new layer starts from nothing, at 1."""
@@ -78,6 +102,8 @@ class LayerStatistics:
             take(self.weight, rows, 0.0),
             [0 if i is None else self.seen[i] for i in rows],
             [1.0 if i is None else self.multipliers[i] for i in rows],
+            take(self.radial, rows, 0.0),
+            take(self.start, rows, torch.nan),
         )
 
     def add(self, reading: Reading, decay: float) -> list[bool]:
@@ -87,6 +113,14 @@ class LayerStatistics:
         self.moments, self.weight = ema_update(self.moments, self.weight, value, decay)
         return [bool(ok) for ok in torch.isfinite(value).all(dim=0)]
 
+    def add_radial(self, share: Tensor) -> None:
+        """Take the radial shares of one reading into their average; NaN leaves a layer as it was."""
+        self.radial = torch.stack(ema_update(self.radial[0], self.radial[1], share, _RADIAL_DECAY))
+
+    def scale_free(self) -> Tensor:
+        """Tell of each layer whether the size of its weights changes nothing, (L,); not before three readings."""
+        return (self.radial[1] > _RADIAL_WEIGHT) & (self.radial[0] < SCALE_FREE)
+
     def state_dict(self) -> dict[str, Any]:
         return {
             "names": list(self.names),
@@ -94,6 +128,8 @@ class LayerStatistics:
             "weight": self.weight.clone(),
             "seen": list(self.seen),
             "multipliers": list(self.multipliers),
+            "radial": self.radial.clone(),
+            "start": self.start.clone(),
         }
 
 

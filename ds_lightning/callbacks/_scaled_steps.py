@@ -67,7 +67,6 @@ class ScaledSteps:
         self._stepped: list[Tensor] = []
         self._sparse: set[str] = set()
         self._reading: Reading | None = None
-        self._center: float | None = None  # of reference "start"
         self._used: list[float] = []
         self._noted = False  # whether those are in `smallest` and `largest`
         self._scaled: list[Tensor] = []
@@ -212,15 +211,10 @@ class ScaledSteps:
         rows = reading.by_row(self.statistics.names)
         if not set(self.rule.extra_rows) <= set(rows):
             return  # a reading from the checkpoint of another rule
-        wanted, self._center = self.rule.multipliers(
-            self.statistics.moments,
-            self.statistics.weight > 0,
-            rows,
-            torch.tensor([layer.weight.numel() for layer in self.layers], dtype=torch.float64),
-            self.groups,
-            self.steps,
-            self._center,
-        )
+        numel = torch.tensor([layer.weight.numel() for layer in self.layers], dtype=torch.float64)
+        if (share := reading.radial(self.statistics.names, numel)) is not None:
+            self.statistics.add_radial(share)
+        wanted = self.rule.multipliers(self.statistics, rows, numel, self.groups, self.steps)
         # A group without a gradient in that step keeps its multiplier until it trains again.
         trained = {group for group, ok in zip(self.groups, fresh, strict=True) if ok}
         self.statistics.multipliers = [
@@ -268,7 +262,6 @@ class ScaledSteps:
             "range": [self.smallest, self.largest],
             "readings": [self.readings, self.changed],
             "fade": self._fade.state_dict(),
-            "center": self._center,
             "history": self.history.state_dict(),
             "sparse": sorted(self._sparse),
             "layers": self.statistics.state_dict(),
@@ -287,7 +280,6 @@ class ScaledSteps:
                 "DynamicLayerLR resumes with fade=True from a checkpoint without the largest rate so far: multipliers "
                 "fade from the rate that it resumes with"
             )
-        self._center = state.get("center")
         self.history = LayerHistory(**state.get("history", {}))
         self._sparse = set(state["sparse"])
         self.statistics = LayerStatistics(**state["layers"])

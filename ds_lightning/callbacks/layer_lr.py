@@ -48,8 +48,8 @@ class DynamicLayerLR(pl.Callback):
     **Limits.** The step must be linear in the rate: LBFGS, schedule-free, D-adaptation and Prodigy are refused, and an
     optimizer that torch does not ship is tried out at the start. FSDPStrategy and DeepSpeed are refused: each rank
     holds parts of a layer that have no name; ModelParallelStrategy with `fully_shard` works. Layers with sparse
-    gradients are left out, with a warning. Rule "trust" can harm networks without norm layers. The
-    gain is in short trainings; see docs/layer_lr.md before use in long ones.
+    gradients are left out, with a warning. The gain is in short trainings; see docs/layer_lr.md before use in long
+    ones.
 
     **Cost.** One copy of the scaled weights (on CUDA made and freed within each step, elsewhere kept), and two passes
     over them.
@@ -64,7 +64,8 @@ class DynamicLayerLR(pl.Callback):
         reference: what has multiplier 1, for rule "trust": "mean", the mean over the layers at each reading, so that
             only the layers' shares change; "start", that mean as it was when all layers had a gradient first, at step
             `warmup` at the latest, so that the rate of all layers follows the size of weights over gradients, as in
-            LARS. None: "start" for SGD, else "mean".
+            LARS; where the size of a layer's weights changes the loss, as without a norm layer behind it, that layer
+            follows "variance". None: "start" for SGD, else "mean".
         vectors: multiplier of all norm layers' scales and shifts, and of biases that belong to no layer, > 0.
         every: optimizer steps between two readings, >= 1.
         ema: decay of the averages for each optimizer step, in [0, 1); a reading weighs `1 - ema ** every`.

@@ -9,6 +9,9 @@ import torch
 from torch import Tensor
 
 VARIANCE_FLOOR = 1e-3  # of E||g||^2: the estimate of a small variance is a difference of two large numbers
+# Of `radial_share`. Means of three readings: in bfloat16 before a norm layer 2e-4 at most, others 0.03 at least
+# (benchmarks/scale_free_layers.py).
+SCALE_FREE = 0.003
 
 
 def layer_gradient_moments(
@@ -175,6 +178,30 @@ def trust_exponents(
     x = _variance_exponents(mean_sq, second, numel, alpha)
     known = (weight_sq > 0) & torch.isfinite(weight_sq)
     return torch.where(known, x + trust / 2 * torch.log(weight_sq / numel), torch.nan)
+
+
+def radial_share(inner: Tensor, weight_sq: Tensor, grad_sq: Tensor, numel: Tensor) -> Tensor:
+    """Return `N <w, g>^2 / (||w||^2 ||g||^2)`: whether the gradient has a part along the weights.
+
+    If the loss does not depend on the size of w, as before a norm layer, then L(s w) = L(w), and its derivative by s
+    at 1, <w, g>, is 0 (arXiv 1706.05350). A gradient that points anywhere has 1 on the average, one that shrinks or
+    grows the weights more. A mean over readings below SCALE_FREE is taken as 0.
+
+    Args:
+        inner: <w, g> of each layer, (L,).
+        weight_sq: `||w||^2`, (L,), >= 0.
+        grad_sq: `||g||^2`, (L,), >= 0.
+        numel: N, number of weights of each layer, (L,).
+
+    Returns:
+        The shares, (L,), in [0, N]; NaN where the weights or the gradient are all 0.
+
+    Example:
+        >>> one, n = torch.ones(3), torch.full((3,), 4.0)
+        >>> radial_share(torch.tensor([0.0, 0.5, -1.0]), one, one, n)
+        tensor([0., 1., 4.])
+    """
+    return numel * inner**2 / (weight_sq * grad_sq)
 
 
 def mean_exponent(x: Tensor) -> float | None:

@@ -104,7 +104,7 @@ def rates_of(scheduler, steps: int) -> list[float]:
 
 def same_state(a, b) -> bool:
     if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
+        return torch.allclose(a, b, rtol=0.0, atol=0.0, equal_nan=True)
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(same_state(a[k], b[k]) for k in a)
     if isinstance(a, list):

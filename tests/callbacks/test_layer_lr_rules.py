@@ -2,6 +2,7 @@
 
 import math
 from functools import partial
+from operator import mul
 
 import lightning.pytorch as pl
 import pytest
@@ -52,18 +53,19 @@ def written_out(
     batches = [(x.double(), y) for _ in range(epochs) for x, y in images()]
     rates = rates_of(scheduler, len(batches)) if scheduler else [lr] * len(batches)
     momentum = dict.fromkeys(LAYERS, 0.0)
-    read, raw, history, centre = None, dict.fromkeys(LAYERS, 1.0), [], None
+    read, raw, history = None, dict.fromkeys(LAYERS, 1.0), []
+    starts, shares, kinds = {}, {name: [] for name in LAYERS}, set()
     for step, (batch, rate) in enumerate(zip(batches, rates, strict=True)):
         optimizer.zero_grad()
         module.loss(batch).backward()
         if read:
             sums = {}
             for name in LAYERS:
-                row = sums.setdefault(group(name), [0.0, 0.0, 0.0, 0, []])
+                row = sums.setdefault(group(name), [0.0, 0.0, 0.0, 0, [], []])
                 for i, value in enumerate(read[name]):
                     row[i] = row[i] + value
             x = {}
-            for key, (a, e, w, n, elements) in sums.items():
+            for key, (a, e, w, n, elements, _) in sums.items():
                 var = max(e - max(a, 0), 1e-3 * e)
                 match rule:
                     case "variance":
@@ -75,12 +77,29 @@ def written_out(
                     case "article":
                         x[key] = 1 + 0.5 * (1 - math.exp(-0.1 * torch.cat(elements).var().item()))
             low, high = (0.1, 10.0) if rule == "trust" else (0.4, 2.3)
-            if centre is None or reference == "mean":
-                centre = sum(x.values()) / len(x)
+            about, limits = dict.fromkeys(x, sum(x.values()) / len(x)), dict.fromkeys(x, (low, high))
+            if reference == "start":
+                starts = starts or dict(x)
+                for name in LAYERS:
+                    shares[name].append(read[name][5][0])
+                weights = [0.9**age for age in range(len(shares["net.0"]))][::-1]
+                mean = {name: sum(map(mul, weights, row)) / sum(weights) for name, row in shares.items()}
+                free = {group(name) for name in LAYERS if len(weights) > 2} - {
+                    group(name) for name in LAYERS if mean[name] >= 0.003
+                }
+                plain = {key: x[key] - 0.5 * math.log(row[2] / row[3]) for key, row in sums.items()}
+                for key in x:
+                    if key in free:
+                        about[key] = sum(starts[other] for other in free) / len(free)
+                    else:
+                        x[key], about[key], limits[key] = plain[key], sum(plain.values()) / len(x), (0.4, 2.3)
+                kinds.add(len(free))
             raw = {
                 name: x[group(name)]
                 if rule == "article"
-                else math.exp(min(max(x[group(name)] - centre, math.log(low)), math.log(high)))
+                else min(
+                    max(math.exp(x[group(name)] - about[group(name)]), limits[group(name)][0]), limits[group(name)][1]
+                )
                 for name in LAYERS
             }
         power = rate / max(rates[: step + 1]) if fade else 1.0
@@ -93,12 +112,14 @@ def written_out(
                 rho = (1 - beta) * (1 + past) / ((1 + beta) * (1 - past))
                 mean = (momentum[name].square().sum().item() / (1 - past) ** 2 - rho * g2) / (1 - rho)
             w2 = layer.weight.detach().square().sum().item()
-            read[name] = mean, g2, w2, g.numel(), [g.flatten()]
+            along = torch.cosine_similarity(g.flatten(), layer.weight.detach().flatten(), 0).item()
+            read[name] = mean, g2, w2, g.numel(), [g.flatten()], [g.numel() * along**2]
             momentum[name] = beta * momentum[name] + (1 - beta) * g
         for own, factor in zip(optimizer.param_groups, [*used.values(), vectors**power], strict=True):
             own["lr"] = rate * factor
         optimizer.step()
         history.append(used)
+    assert reference == "mean" or (0 in kinds and kinds & {1, 2}), "at first no layer is taken to be free, and in the end not all are"
     return module, history
 
 
@@ -150,6 +171,29 @@ def test_equals_the_rule_written_out(rule, beta, options):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("norm", [torch.nn.Identity, torch.nn.BatchNorm2d])
+def test_where_the_size_of_weights_counts_the_rule_is_variance(norm):
+    """Without norm layers everywhere, before a BatchNorm nowhere."""
+
+    class Unnormed(User):
+        def __init__(self, make):
+            super().__init__(make, norm=lambda channels: norm(channels) if norm is not torch.nn.Identity else norm())
+            self.net[5] = torch.nn.Identity()
+
+    def multipliers(**options):
+        recorder = Recorder()
+        callback = DynamicLayerLR(**RULE, **options)
+        trainer_of(callback, recorder).fit(Unnormed(partial(SGD, lr=0.05, momentum=0.9)), images())
+        return recorder.multipliers
+
+    plain, weighed = multipliers(rule="variance"), multipliers(rule="trust", reference="start")
+    assert max(abs(m - 1) for used in plain for m in used.values()) > 0.05
+    if norm is torch.nn.Identity:
+        assert weighed == plain
+    else:
+        assert any(abs(a["net.0"] - b["net.0"]) > 0.05 for a, b in zip(plain, weighed, strict=True))
+
+
 def test_the_start_is_where_all_layers_have_a_gradient_or_else_the_end_of_the_warm_up():
     """As residual branches that begin at zero: at first the layers before the last have no gradient."""
 
@@ -163,16 +207,16 @@ def test_the_start_is_where_all_layers_have_a_gradient_or_else_the_end_of_the_wa
             super().__init__(make)
             self.net[0].weight.requires_grad_(False)
 
-    def centre(kind, **options):
+    def begun(kind, **options):
         callback = DynamicLayerLR(rule="trust", reference="start", ema=0.0, **options)
         trainer_of(callback, epochs=1).fit(kind(partial(SGD, lr=0.05)), images())  # 6 steps
-        return callback.state_dict()["optimizers"][0]["center"]
+        return (~callback.state_dict()["optimizers"][0]["layers"]["start"].isnan()).tolist()
 
-    assert centre(Zero, every=1, warmup=9) is not None
-    assert centre(Zero, every=5, warmup=9) is None  # the only reading that counts is that of the first step
-    assert centre(User, every=5, warmup=9) is not None
-    assert centre(Frozen, every=1, warmup=9) is None
-    assert centre(Frozen, every=1, warmup=4) is not None
+    assert begun(Zero, every=1, warmup=9) == [True] * 3
+    assert begun(Zero, every=5, warmup=9) == [False] * 3  # the only reading that counts is that of the first step
+    assert begun(User, every=5, warmup=9) == [True] * 3
+    assert begun(Frozen, every=1, warmup=9) == [False] * 3
+    assert begun(Frozen, every=1, warmup=4) == [False, True, True]
 
 
 def test_faded_multipliers_end_at_one_and_the_line_at_the_end_names_the_others(monkeypatch):
@@ -256,10 +300,12 @@ def test_what_is_read_of_scaled_gradients():
     optimizer.grad_scale = torch.tensor(8.0)
     layers = find_layers(module, module.parameters())
     statistics = LayerStatistics().aligned([layer.name for layer in layers])
-    rows = read_norms(optimizer, layers, statistics, False, ("weight", "sum")).by_row(LAYERS[::-1])
+    rows = read_norms(optimizer, layers, statistics, False, ("weight", "sum", "inner")).by_row(LAYERS[::-1])
     weights = [module.get_submodule(name).weight for name in LAYERS[::-1]]
     assert rows["weight"].tolist() == pytest.approx([w.norm().item() for w in weights])
     assert rows["gradient"].tolist() == pytest.approx([w.grad.norm().item() / 8 for w in weights])
+    inner = [(w * w.grad).sum().item() / 8 for w in weights]
+    assert rows["inner"].tolist() == pytest.approx(inner, abs=1e-6)
     assert rows["sum"].tolist() == pytest.approx([w.grad.sum().item() / 8 for w in weights], abs=1e-6)
 
 

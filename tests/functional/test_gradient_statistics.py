@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from ds_lightning.functional.gradient_statistics import (
     ema_update,
     layer_gradient_moments,
+    radial_share,
     variance_multipliers,
 )
 
@@ -174,3 +175,28 @@ def test_a_layer_without_statistics_keeps_its_rate_and_leaves_the_mean_alone():
 
 def test_one_layer_always_has_multiplier_one():
     assert variance_multipliers(torch.zeros(1), torch.ones(1), torch.ones(1), 1.0, (0.4, 2.3)).tolist() == [1.0]
+
+
+@pytest.mark.parametrize(("norm", "free"), [(torch.nn.BatchNorm1d(5), True), (torch.nn.Identity(), False)])
+def test_the_radial_share_is_the_derivative_by_the_size_of_the_weights(norm, free):
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(6, 5, bias=False), norm, torch.nn.Tanh(), torch.nn.Linear(5, 1)).double()
+    x, y = torch.randn(32, 6, dtype=torch.float64), torch.randn(32, 1, dtype=torch.float64)
+    weight = net[0].weight
+
+    def loss_at(size):
+        out = torch.func.functional_call(net, {"0.weight": size * weight}, x)
+        return torch.nn.functional.mse_loss(out, y)
+
+    (grad,) = torch.autograd.grad(loss_at(1.0), weight)
+    slope = (loss_at(1 + 1e-5) - loss_at(1 - 1e-5)) / 2e-5
+    expected = weight.numel() * slope**2 / (weight.square().sum() * grad.square().sum())
+    squares = (weight.square().sum(), grad.square().sum())
+    share = radial_share((weight * grad).sum(), *squares, torch.tensor(float(weight.numel())))
+    torch.testing.assert_close(share, expected, rtol=1e-6, atol=1e-9)
+    assert (share < 1e-6) == free
+
+
+def test_without_weights_or_gradient_there_is_no_radial_share():
+    zero, one = torch.zeros(2), torch.ones(2)
+    assert radial_share(zero, torch.tensor([0.0, 1.0]), torch.tensor([1.0, 0.0]), one).isnan().all()
