@@ -41,6 +41,10 @@ def head_apart(name: str) -> str:
     return "head" if name == "net.7" else "body"
 
 
+def first_apart(name: str) -> str:
+    return "first" if name == "net.0" else "rest"
+
+
 def written_out(
     kind, rule, beta, fade=False, group=str, scheduler=None, lr=0.05, epochs=4, reference="mean", vectors=1.0
 ):
@@ -119,7 +123,9 @@ def written_out(
             own["lr"] = rate * factor
         optimizer.step()
         history.append(used)
-    assert reference == "mean" or (0 in kinds and kinds & {1, 2}), "at first no layer is taken to be free, and in the end not all are"
+    assert reference == "mean" or (0 in kinds and kinds & {1, 2}), (
+        "at first no layer is taken to be free, and in the end not all are"
+    )
     return module, history
 
 
@@ -131,6 +137,7 @@ def written_out(
         ("trust", 0.9, {"reference": "start", "fade": True, "scheduler": ONE_CYCLE}),
         ("trust", 0.9, {"reference": "mean", "group": head_apart}),
         ("trust", 0.9, {"reference": "start", "vectors": 20.0}),
+        ("trust", 0.9, {"reference": "start", "group": first_apart}),
         ("variance", 0.9, {"vectors": 0.5, "fade": True, "scheduler": ONE_CYCLE}),
         ("snr", 0.9, {}),
         ("snr", 0.9, {"group": head_apart}),
@@ -145,6 +152,7 @@ def written_out(
         "trust-start-momentum-fade",
         "trust-groups",
         "trust-vectors",
+        "trust-start-groups",
         "variance-vectors-fade",
         "snr",
         "snr-groups",
