@@ -95,22 +95,18 @@ class VarianceRule:
                 m = snr_multipliers(a, e, self.alpha, self.bounds, self.ramp(step))
             case "trust":
                 x = trust_exponents(a, e, size, added(rows["weight"] ** 2), self.alpha, self.trust)
-                if self.reference == "mean":
-                    m = exponent_multipliers(x, self.bounds, self.ramp(step))
-                else:
+                m = exponent_multipliers(x, self.bounds, self.ramp(step))
+                if self.reference == "start":
                     # With residual branches that begin at zero most layers have no gradient in the first step.
                     if step >= self.warmup or not bool(x.isnan().any()):
                         statistics.start = torch.where(statistics.start.isnan(), x[index], statistics.start)
                     start = x.new_full((count,), torch.nan).index_copy_(0, index, statistics.start)
                     bound = added((~statistics.scale_free()).double()) > 0  # a group, where any of its layers is
                     center = mean_exponent(torch.where(bound, torch.nan, start))
-                    low, high = self.bounds
-                    narrow = max(low, _BOUNDS[0]), min(high, _BOUNDS[1])
-                    m = torch.where(
-                        bound,
-                        variance_multipliers(a, e, size, self.alpha, narrow, self.ramp(step)),
-                        exponent_multipliers(x, self.bounds, self.ramp(step), center),
-                    )
+                    free_m = exponent_multipliers(x, self.bounds, self.ramp(step), center)
+                    bounds = max(self.bounds[0], _BOUNDS[0]), min(self.bounds[1], _BOUNDS[1])
+                    bound_m = variance_multipliers(a, e, size, self.alpha, bounds, self.ramp(step))
+                    m = torch.where(bound, bound_m, free_m)
             case "variance":
                 m = variance_multipliers(a, e, size, self.alpha, self.bounds, self.ramp(step))
         found: list[float] = m[index].tolist()

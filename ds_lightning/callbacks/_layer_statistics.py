@@ -47,13 +47,6 @@ class Reading:
         values = take(self._on_host().double(), [at.get(name) for name in names], float("nan"))
         return dict(zip(self.rows, values, strict=True))
 
-    def radial(self, names: Sequence[str], numel: Tensor) -> Tensor | None:
-        """Return `radial_share` of these layers, (L,), NaN where it is not known; None when it was not read."""
-        rows = self.by_row(names)
-        if not {"inner", "weight"} <= set(rows):
-            return None
-        return radial_share(rows["inner"], rows["weight"] ** 2, rows["gradient"] ** 2, numel)
-
     def _on_host(self) -> Tensor:
         if self.copied is not None:
             # A period old, so this seldom waits. Asking `query()` instead would let ranks read at different steps.
@@ -113,8 +106,9 @@ class LayerStatistics:
         self.moments, self.weight = ema_update(self.moments, self.weight, value, decay)
         return [bool(ok) for ok in torch.isfinite(value).all(dim=0)]
 
-    def add_radial(self, share: Tensor) -> None:
+    def add_radial(self, rows: dict[str, Tensor], numel: Tensor) -> None:
         """Take the radial shares of one reading into their average; NaN leaves a layer as it was."""
+        share = radial_share(rows["inner"], rows["weight"] ** 2, rows["gradient"] ** 2, numel)
         self.radial = torch.stack(ema_update(self.radial[0], self.radial[1], share, _RADIAL_DECAY))
 
     def scale_free(self) -> Tensor:

@@ -212,8 +212,8 @@ class ScaledSteps:
         if not set(self.rule.extra_rows) <= set(rows):
             return  # a reading from the checkpoint of another rule
         numel = torch.tensor([layer.weight.numel() for layer in self.layers], dtype=torch.float64)
-        if (share := reading.radial(self.statistics.names, numel)) is not None:
-            self.statistics.add_radial(share)
+        if "inner" in self.rule.extra_rows:
+            self.statistics.add_radial(rows, numel)
         wanted = self.rule.multipliers(self.statistics, rows, numel, self.groups, self.steps)
         # A group without a gradient in that step keeps its multiplier until it trains again.
         trained = {group for group, ok in zip(self.groups, fresh, strict=True) if ok}
