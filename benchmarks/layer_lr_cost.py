@@ -71,6 +71,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--precision", choices=["32", "bf16"], default="32")
     parser.add_argument("--optimizer", choices=["adamw", "sgd"], default="adamw")
+    parser.add_argument("--rule", choices=["variance", "trust"], default="variance", help="trust: as with SGD")
     parser.add_argument("--every", type=int, default=10, help="steps between two readings")
     parser.add_argument("--block", type=int, default=10, help="steps of one variant before the next has its turn")
     parser.add_argument("--rounds", type=int, default=12)
@@ -103,7 +104,9 @@ def training_step(variant: str, args: argparse.Namespace) -> Callable[[], None]:
     if variant in ("statistics", "callback"):
         # With bounds of 1 every multiplier is exactly 1: readings, and no scaling.
         bounds = (0.4, 2.3) if variant == "callback" else (1.0, 1.0)
-        ScaledSteps(optimizer, partial(find_layers, net), VarianceRule(0.5, bounds, args.every, 0.95, 0))
+        trust = {"name": "trust", "trust": 1.0, "reference": "start"} if args.rule == "trust" else {}
+        rule = VarianceRule(0.5, bounds, args.every, 0.95, 0, **trust)
+        ScaledSteps(optimizer, partial(find_layers, net), rule)
     loss_of = loss_on_fixed_batch(args)
 
     def step() -> None:

@@ -30,7 +30,11 @@ _TRUST_BOUNDS = (0.1, 10.0)  # weights of layers differ in size by more than the
 
 @dataclass(frozen=True)
 class VarianceRule:
-    """How statistics become multipliers; the names are DynamicLayerLR's arguments."""
+    """How statistics become multipliers; the names are DynamicLayerLR's arguments.
+
+    With `spare` layers whose size changes nothing have multiplier 1 and don't count, and so have layers of which that
+    is not known yet.
+    """
 
     alpha: float
     bounds: tuple[float, float]
@@ -42,16 +46,17 @@ class VarianceRule:
     fade: bool = False
     reference: ReferenceName = "mean"
     vectors: float = 1.0
+    spare: bool = False
 
     @property
     def first_change(self) -> int:
         """The optimizer step after which multipliers may differ from 1 for the first time."""
-        return self.every if self.name == "article" else 2 * self.every
+        return self.every if self.name == "article" else (3 if self.spare else 2) * self.every
 
     @property
     def extra_rows(self) -> tuple[str, ...]:
         """What the rule reads beside the norms of gradients and momenta."""
-        if self.name == "trust" and self.reference == "start":
+        if self.spare or (self.name == "trust" and self.reference == "start"):
             return "weight", "inner"
         return {"trust": ("weight",), "article": ("sum",)}.get(self.name, ())
 
@@ -80,6 +85,8 @@ class VarianceRule:
         if self.name == "article":
             # As it is printed: of the last gradient, without averages, bounds, centre or ramp.
             known = torch.isfinite(rows["gradient"]) & torch.isfinite(rows["sum"])
+        if self.spare:
+            known &= statistics.scale_counts()
 
         def added(values: Tensor) -> Tensor:
             values = torch.where(known, values, torch.zeros_like(values))
@@ -109,20 +116,23 @@ class VarianceRule:
                     m = torch.where(bound, bound_m, free_m)
             case "variance":
                 m = variance_multipliers(a, e, size, self.alpha, self.bounds, self.ramp(step))
-        found: list[float] = m[index].tolist()
+        each = torch.where(known, m[index], 1.0) if self.spare else m[index]
+        found: list[float] = each.tolist()
         return found
 
 
 def checked_rule(
-    rule: str, alpha: float | None, trust: float | None, bounds: Sequence[float] | None, reference: str | None
+    rule: str | None, alpha: float | None, trust: float | None, bounds: Sequence[float] | None, reference: str | None
 ) -> tuple[float, tuple[float, float]]:
     """Check the arguments that depend on each other; return trust and bounds, with their defaults filled in.
+
+    Of rule None the optimizer decides later, so nothing may be given that not all of its rules use.
 
     Raises:
         ConfigError: a value out of range, or one that the rule does not use.
     """
-    if rule not in RULES:
-        raise ConfigError(f"rule is {rule!r}; expected one of {', '.join(RULES)}")
+    if rule is not None and rule not in RULES:
+        raise ConfigError(f"rule is {rule!r}; expected one of {', '.join(RULES)}, or None for the optimizer's default")
     if alpha is not None and not 0 < alpha < math.inf:
         raise ConfigError(f"alpha is {alpha}; expected a number > 0, or None for the optimizer's default")
     if trust is not None and not 0 <= trust < math.inf:

@@ -115,6 +115,10 @@ class LayerStatistics:
         """Tell of each layer whether the size of its weights changes nothing, (L,); not before three readings."""
         return (self.radial[1] > _RADIAL_WEIGHT) & (self.radial[0] < SCALE_FREE)
 
+    def scale_counts(self) -> Tensor:
+        """Tell of each layer whether the loss changes with the size of its weights, (L,); not before three readings."""
+        return (self.radial[1] > _RADIAL_WEIGHT) & (self.radial[0] >= SCALE_FREE)
+
     def state_dict(self) -> dict[str, Any]:
         return {
             "names": list(self.names),

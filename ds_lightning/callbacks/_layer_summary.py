@@ -68,4 +68,12 @@ def no_effect(scaled: Sequence[ScaledSteps], trainer: pl.Trainer) -> str | None:
         return "the optimizer's step hooks never ran; it replaces torch.optim.Optimizer.step"
     if steps <= rule.first_change:
         return f"multipliers first change after {rule.first_change} optimizer steps, and there were {steps}"
-    return f"every multiplier stayed within {UNCHANGED:.0%} of 1 for {steps} optimizer steps"
+    text = f"every multiplier stayed within {UNCHANGED:.0%} of 1 for {steps} optimizer steps"
+    free = sum(int(one.statistics.scale_free().sum()) for one in scaled if one.rule.spare)
+    if not free:
+        return text
+    return (
+        f"{text}; {free} of {sum(len(one.layers) for one in scaled)} layers stand before a norm layer, and with "
+        f"{type(scaled[0].optimizer).__name__} the default rule leaves these alone, which is best there; remove the "
+        "callback, or name a rule"
+    )

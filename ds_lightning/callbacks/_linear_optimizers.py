@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from ds_lightning.errors import ConfigError
 
-from ._layer_rules import ReferenceName
+from ._layer_rules import ReferenceName, RuleName
 
 # Their step is `rate * something that does not depend on the rate`, decoupled weight decay included.
 _LINEAR = {
@@ -61,6 +61,11 @@ def coupled_decay(optimizer: Optimizer, group: dict[str, Any]) -> float:
     if isinstance(optimizer, torch.optim.Muon) or group.get("decoupled_weight_decay", False):
         return 0.0
     return float(group.get("weight_decay", 0.0))
+
+
+def default_rule(optimizer: Optimizer) -> RuleName:
+    """Return `trust` for SGD, and `variance` for what normalises its step by itself."""
+    return "trust" if isinstance(optimizer, torch.optim.SGD) else "variance"
 
 
 def default_alpha(optimizer: Optimizer) -> float:

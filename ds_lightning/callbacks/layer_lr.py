@@ -17,7 +17,7 @@ from ._layer_picture import log_multipliers
 from ._layer_rules import ReferenceName, RuleName, VarianceRule, checked_rule
 from ._layer_summary import no_effect, summary
 from ._layers import check_patterns, find_layers, find_vectors
-from ._linear_optimizers import check_linear, default_alpha, default_reference
+from ._linear_optimizers import check_linear, default_alpha, default_reference, default_rule
 from ._log_step import log_step
 from ._scaled_steps import ScaledSteps
 
@@ -58,6 +58,8 @@ class DynamicLayerLR(pl.Callback):
         rule: "variance": noisier layers step less; "trust": so, and layers with larger weights step more (as LARS,
             arXiv 1708.03888); "snr": layers with more signal than noise step more; "article": 1 + 0.5 (1 - exp(-0.1
             Var)) of the last gradient's elements, without averages, bounds and warm-up, to see that it does nothing.
+            None: "trust" for SGD; for others "variance", with layers left alone whose size of weights does not change
+            the loss, as before a norm layer.
         alpha: strength of the rule, > 0. None: 1 for SGD, 0.5 for others, which normalise their step themselves.
         trust: strength of the weights' size, >= 0, for rule "trust" alone. None: 1.
         bounds: smallest and largest multiplier, 0 < low <= 1 <= high. None: (0.4, 2.3), (0.1, 10) for rule "trust".
@@ -88,7 +90,7 @@ class DynamicLayerLR(pl.Callback):
 
     def __init__(
         self,
-        rule: RuleName = "variance",
+        rule: RuleName | None = None,
         alpha: float | None = None,
         trust: float | None = None,
         bounds: tuple[float, float] | None = None,
@@ -102,7 +104,7 @@ class DynamicLayerLR(pl.Callback):
         include: list[str] | None = None,
         exclude: list[str] | None = None,
     ) -> None:
-        self.trust, self.bounds = checked_rule(rule, alpha, trust, bounds, reference)
+        checked_rule(rule, alpha, trust, bounds, reference)
         if not 0 < vectors < math.inf:
             raise ConfigError(f"vectors is {vectors}; expected a number > 0")
         if every < 1:
@@ -118,6 +120,8 @@ class DynamicLayerLR(pl.Callback):
                 raise ConfigError(f"{name} is the string {patterns!r}; expected a list, [{patterns!r}]")
         self.rule = rule
         self.alpha = alpha
+        self.trust = trust
+        self.bounds = bounds
         self.reference = reference
         self.vectors = float(vectors)
         self.every = every
@@ -161,11 +165,12 @@ class DynamicLayerLR(pl.Callback):
             alpha = default_alpha(optimizer) if self.alpha is None else self.alpha
             if self.fade:
                 check_rates(optimizer.param_groups)
-            reference = self.reference or default_reference(optimizer, self.rule)
+            name = self.rule or default_rule(optimizer)
+            trust, bounds = checked_rule(name, self.alpha, self.trust, self.bounds, self.reference)
+            reference = self.reference or default_reference(optimizer, name)
             schedule = (self.every, self.ema, self.warmup)
-            rule = VarianceRule(
-                alpha, self.bounds, *schedule, self.rule, self.trust, self.fade, reference, self.vectors
-            )
+            spare = self.rule is None and name == "variance"
+            rule = VarianceRule(alpha, bounds, *schedule, name, trust, self.fade, reference, self.vectors, spare)
             vectors = partial(find_vectors, pl_module, include=self.include, exclude=self.exclude)
             self._scaled.append(ScaledSteps(optimizer, find, rule, shared, self.groups, vectors))
         self._resume()

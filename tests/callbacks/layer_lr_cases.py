@@ -19,7 +19,8 @@ LAYERS = ("net.0", "net.4", "net.7")
 SGD_MOMENTUM = partial(SGD, lr=0.05, momentum=0.9)
 
 
-RULE = {"every": 4, "warmup": 12, "ema": 0.9}  # 6 batches an epoch: a reading is under way at each epoch's end
+# 6 batches an epoch: a reading is under way at each epoch's end.
+RULE = {"rule": "variance", "every": 4, "warmup": 12, "ema": 0.9}
 
 
 ONE_CYCLE = partial(OneCycleLR, max_lr=0.1, total_steps=40, cycle_momentum=False)

@@ -187,11 +187,11 @@ def test_logs_at_the_steps_of_the_other_metrics_and_sums_up(monkeypatch):
 @pytest.mark.parametrize(
     ("callback", "options", "reason"),
     [
-        (DynamicLayerLR(include=["net.0.*"]), {}, "there is one layer"),
-        (DynamicLayerLR(groups=lambda name: "all"), {}, "all layers are in one group"),
+        (DynamicLayerLR("variance", include=["net.0.*"]), {}, "there is one layer"),
+        (DynamicLayerLR("variance", groups=lambda name: "all"), {}, "all layers are in one group"),
         (DynamicLayerLR(include=["net.1.*"]), {}, "no optimizer holds a weight"),
         (DynamicLayerLR(), {}, "first change after 20 optimizer steps, and there were 6"),
-        (DynamicLayerLR(every=1, warmup=0, alpha=1e-6), {}, "every multiplier stayed within 1% of 1 for 6"),
+        (DynamicLayerLR("variance", every=1, warmup=0, alpha=1e-6), {}, "every multiplier stayed within 1% of 1 for 6"),
         (DynamicLayerLR(), {"max_steps": 0}, "first change after 20 optimizer steps, and there were 0"),
     ],
     ids=["one-layer", "one-group", "no-layer", "short", "flat", "max-steps-0"],
@@ -199,6 +199,13 @@ def test_logs_at_the_steps_of_the_other_metrics_and_sums_up(monkeypatch):
 def test_no_effect_is_said(callback, options, reason):
     with pytest.warns(NoEffectWarning, match=reason):
         trainer_of(callback, epochs=1, **options).fit(User(), images())
+
+
+def test_where_only_layers_before_norms_are_the_default_says_so_with_adamw():
+    module = User(AdamW)
+    module.net[4] = torch.nn.Linear(144, 8, bias=False)
+    with pytest.warns(NoEffectWarning, match="2 of 3 layers stand before a norm layer, and with AdamW the default rule"):
+        trainer_of(DynamicLayerLR(every=1, warmup=0)).fit(module, images())
 
 
 def test_no_optimizer_is_no_effect():
@@ -234,10 +241,11 @@ def test_refuses_what_cannot_work():
         ({"ema": 1.0}, r"ema is 1.0; expected a decay in \[0, 1\)"),
         ({"warmup": -1}, "warmup is -1"),
         ({"rule": "fisher"}, "rule is 'fisher'; expected one of variance, trust, snr, article"),
-        ({"trust": 0.5}, "trust is 0.5, but rule='variance' does not use it; use rule='trust'"),
+        ({"trust": 0.5}, "trust is 0.5, but rule=None does not use it; use rule='trust'"),
+        ({"trust": 0.5, "rule": "variance"}, "trust is 0.5, but rule='variance' does not use it; use rule='trust'"),
         ({"trust": 1.0, "rule": "snr"}, "use rule='trust'"),
         (
-            {"reference": "start"},
+            {"reference": "start", "rule": "variance"},
             "reference is 'start', but rule='variance' has no other than 'mean'; use rule='trust'",
         ),
         ({"reference": "end", "rule": "trust"}, "reference is 'end'; expected 'mean', 'start', or None"),
@@ -277,7 +285,6 @@ def test_preset_builds_the_defaults(monkeypatch):
     built, default = from_command_line(monkeypatch), DynamicLayerLR()
     for name in ARGUMENTS:
         assert getattr(built, name) == getattr(default, name)
-    assert built.bounds == (0.4, 2.3)
 
 
 def test_all_arguments_are_taken_from_the_command_line(monkeypatch):
@@ -285,4 +292,3 @@ def test_all_arguments_are_taken_from_the_command_line(monkeypatch):
     built = from_command_line(monkeypatch, *(f"--trainer.callbacks.init_args.{k}={v}" for k, v in options.items()))
     assert (built.rule, built.trust, built.groups, built.fade) == ("trust", 0.5, "block", True)
     assert built.reference == "mean"
-    assert built.bounds == (0.1, 10.0)

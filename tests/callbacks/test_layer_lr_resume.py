@@ -8,7 +8,7 @@ from layer_lr_cases import LAYERS, ONE_CYCLE, RULE, SGD_MOMENTUM, Recorder, User
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import nn
-from torch.optim import AdamW
+from torch.optim import AdamW, RMSprop
 from torch.utils.data import DataLoader, DistributedSampler
 
 from ds_lightning.callbacks import DynamicLayerLR
@@ -24,9 +24,10 @@ pytestmark = pytest.mark.filterwarnings(
         (SGD_MOMENTUM, None, {}),
         (AdamW, ONE_CYCLE, {"rule": "trust", "fade": True, "groups": "block"}),
         (SGD_MOMENTUM, None, {"rule": "snr"}),
-        (SGD_MOMENTUM, None, {"rule": "trust", "reference": "start"}),
+        (SGD_MOMENTUM, None, {"rule": None}),
+        (partial(RMSprop, lr=1e-3), None, {"rule": None, "every": 2}),
     ],
-    ids=["sgd", "adamw-trust-fade", "snr", "trust-start"],
+    ids=["sgd", "adamw-trust-fade", "snr", "sgd-default", "rmsprop-default"],
 )
 def test_resume_is_bit_equal(make, scheduler, options, tmp_path):
     options = {**RULE, **options}
@@ -68,7 +69,7 @@ def test_a_checkpoint_from_before_rules_goes_on(tmp_path):
     resumed = User()
     trainer_of(DynamicLayerLR(**RULE), epochs=6).fit(resumed, images(), ckpt_path=tmp_path / "old.ckpt")
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
-    other = trainer_of(DynamicLayerLR(**RULE, rule="trust", fade=True), epochs=6)
+    other = trainer_of(DynamicLayerLR(**{**RULE, "rule": "trust"}, fade=True), epochs=6)
     with pytest.warns(UserWarning, match="from a checkpoint without the largest rate so far"):
         other.fit(User(), images(), ckpt_path=tmp_path / "old.ckpt")
 

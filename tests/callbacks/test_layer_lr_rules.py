@@ -9,7 +9,7 @@ import pytest
 import torch
 from layer_lr_cases import LAYERS, ONE_CYCLE, RULE, Recorder, User, images, rates_of, trainer_of
 from test_layer_lr import Memory
-from torch.optim import SGD
+from torch.optim import SGD, RMSprop
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR
 
 from ds_lightning.callbacks import DynamicLayerLR
@@ -190,7 +190,7 @@ def test_where_the_size_of_weights_counts_the_rule_is_variance(norm):
 
     def multipliers(**options):
         recorder = Recorder()
-        callback = DynamicLayerLR(**RULE, **options)
+        callback = DynamicLayerLR(**{**RULE, **options})
         trainer_of(callback, recorder).fit(Unnormed(partial(SGD, lr=0.05, momentum=0.9)), images())
         return recorder.multipliers
 
@@ -200,6 +200,62 @@ def test_where_the_size_of_weights_counts_the_rule_is_variance(norm):
         assert weighed == plain
     else:
         assert any(abs(a["net.0"] - b["net.0"]) > 0.05 for a, b in zip(plain, weighed, strict=True))
+
+
+def multipliers_of_default(make, module=User, **options):
+    recorder = Recorder()
+    callback = DynamicLayerLR(**AT_ONCE, **options)
+    trainer_of(callback, recorder, epochs=4, precision="64-true").fit(module(make), images())
+    return recorder.multipliers
+
+
+def test_the_default_is_trust_for_sgd():
+    make = partial(SGD, lr=0.05, momentum=0.9)
+    assert multipliers_of_default(make) == multipliers_of_default(make, rule="trust", reference="start")
+
+
+@pytest.mark.parametrize("group", [str, first_apart])
+def test_the_default_leaves_layers_before_a_norm_alone_with_other_optimizers(group):
+    """Against the variances and the directions of the gradients, written out; net.0 stands before a BatchNorm."""
+    read, shares, expected = None, {name: [] for name in LAYERS}, []
+
+    class Spy(pl.Callback):
+        def on_before_optimizer_step(self, trainer, pl_module, _):
+            nonlocal read
+            used = dict.fromkeys(LAYERS, 1.0)
+            if read:
+                for name, row in read.items():
+                    shares[name].append(row[2])
+                ages = [0.9**age for age in range(len(shares["net.0"]))][::-1]
+                counts = {
+                    name
+                    for name, row in shares.items()
+                    if len(row) > 2 and sum(map(mul, ages, row)) / sum(ages) >= 0.003
+                }
+                sums = {}
+                for name in counts:
+                    row = sums.setdefault(group(name), [0.0, 0])
+                    row[0], row[1] = row[0] + read[name][0], row[1] + read[name][1]
+                x = {key: -0.25 * math.log(e / n) for key, (e, n) in sums.items()}
+                for name in counts:
+                    about = sum(x.values()) / len(x)
+                    used[name] = min(max(math.exp(x[group(name)] - about), 0.4), 2.3)
+            expected.append(used)
+            read = {}
+            for name in LAYERS:
+                w = pl_module.get_submodule(name).weight
+                along = torch.cosine_similarity(w.grad.flatten(), w.detach().flatten(), 0).item()
+                read[name] = w.grad.square().sum().item(), w.numel(), w.numel() * along**2
+
+    recorder = Recorder()
+    callback = DynamicLayerLR(groups="layer" if group is str else group, **AT_ONCE)
+    module = User(partial(RMSprop, lr=1e-3))
+    trainer_of(callback, recorder, Spy(), epochs=4, precision="64-true").fit(module, images())
+    for got, want in zip(recorder.multipliers, expected, strict=True):
+        assert got == pytest.approx(want, rel=1e-6)
+    assert {used["net.0"] for used in recorder.multipliers} == {1.0}
+    if group is str:
+        assert max(recorder.multipliers[-1].values()) > 1.05
 
 
 def test_the_start_is_where_all_layers_have_a_gradient_or_else_the_end_of_the_warm_up():
