@@ -39,7 +39,7 @@ from torch import Tensor, nn
 
 from ds_lightning.networks import PruningPlan, apply_plan, count_macs, prune_channels, resnet
 
-RATES = (0.025, 0.05, 0.1, 0.2)
+METHODS = ("progressive", "one_shot_finetune", "scratch")
 FINETUNE_SHARES = (0.1, 0.3, 1.0)
 BEFORE_ONE_SHOT = 0.6
 SHAPES = {"mnist5k": (1, 28, 28), "fashion": (1, 28, 28), "cifar10": (3, 32, 32)}
@@ -174,17 +174,20 @@ def quality(options: argparse.Namespace) -> dict[str, Any]:
             width=options.width,
             device=options.device,
         )
-        tried = {lr: pool.submit(train, replace(base, lr=lr)) for lr in RATES}
+        tried = {lr: pool.submit(train, replace(base, lr=lr)) for lr in options.rates}
         lr, tuning = best(tried)
         base = replace(base, lr=lr)
         early = round(BEFORE_ONE_SHOT * options.steps)
         paths = [f"{folder}/seed{seed}.pt" for seed in seeds]
-        before = [pool.submit(train, replace(base, seed=seed, steps=early, keep=paths[seed])) for seed in seeds]
+        first = replace(base, steps=early)
+        one_shot = options.targets if "one_shot_finetune" in options.methods else []
+        before = [pool.submit(train, replace(first, seed=seed, keep=paths[seed])) for seed in seeds if one_shot]
 
         def progress(target: float, seed: int, end: float) -> Future[dict[str, Any]]:
             return pool.submit(train, replace(base, method="progressive", target=target, seed=seed, end=end))
 
-        ends = {target: {end: progress(target, 0, end) for end in options.ends} for target in options.targets}
+        grown = options.targets if {"progressive", "scratch"} & set(options.methods) else []
+        ends = {target: {end: progress(target, 0, end) for end in options.ends} for target in grown}
         # The tuned one is the first seed's.
         unpruned = [tried[lr], *(pool.submit(train, replace(base, seed=seed)) for seed in seeds[1:])]
         progressive, ending = {}, {}
@@ -203,10 +206,10 @@ def quality(options: argparse.Namespace) -> dict[str, Any]:
             return pool.submit(train, replace(base, method="scratch", target=target, seed=seed, plan=plan))
 
         second = {
-            target: {lr * share: finetune(target, 0, lr * share) for share in FINETUNE_SHARES}
-            for target in options.targets
+            target: {lr * share: finetune(target, 0, lr * share) for share in FINETUNE_SHARES} for target in one_shot
         }
-        anew = {target: [scratch(target, seed) for seed in seeds] for target in options.targets}
+        again = options.targets if "scratch" in options.methods else []
+        anew = {target: [scratch(target, seed) for seed in seeds] for target in again}
         finetuned, finetuning = {}, {}
         for target, by_rate in second.items():
             rate, accuracies = best(by_rate)
@@ -232,9 +235,13 @@ def quality(options: argparse.Namespace) -> dict[str, Any]:
             "unpruned": row(unpruned),
             "targets": {
                 f"{target:g}": {
-                    "progressive": row(progressive[target]),
-                    "one_shot_finetune": row(finetuned[target], early_seconds),
-                    "scratch": row(anew[target]),
+                    name: row(runs[target], early_seconds if name == "one_shot_finetune" else None)
+                    for name, runs in (
+                        ("progressive", progressive),
+                        ("one_shot_finetune", finetuned),
+                        ("scratch", anew),
+                    )
+                    if target in runs
                 }
                 for target in options.targets
             },
@@ -259,6 +266,10 @@ def main() -> None:
     judging.add_argument(
         "--ends", type=float, nargs="+", default=[0.3, 0.45, 0.6], help="of progressive, to choose from"
     )
+    judging.add_argument(
+        "--rates", type=float, nargs="+", default=[0.025, 0.05, 0.1, 0.2], help="of unpruned, to choose from"
+    )
+    judging.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, help="beside unpruned")
     judging.add_argument("--steps", type=int, default=2000, help="of each method, in all")
     judging.add_argument("--batch-size", type=int, default=256)
     judging.add_argument("--width", type=int, default=64, help="channels of the first stage")
