@@ -34,9 +34,9 @@ from ds_lightning.modules import Classifier
 
 CALLBACKS: dict[str, list[Any]] = {
     "none": [],
-    "dynamic_layer_lr": [lambda: DynamicLayerLR(every=2, warmup=10)],
+    "dynamic_layer_lr": [lambda: DynamicLayerLR("variance", every=2, warmup=10)],
     "finite_guard": [FiniteGuard],
-    "all": [lambda: DynamicLayerLR(every=2, warmup=10), FiniteGuard],
+    "all": [lambda: DynamicLayerLR("variance", every=2, warmup=10), FiniteGuard],
 }
 STEPS = 120
 

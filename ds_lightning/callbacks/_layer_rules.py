@@ -32,8 +32,9 @@ _TRUST_BOUNDS = (0.1, 10.0)  # weights of layers differ in size by more than the
 class VarianceRule:
     """How statistics become multipliers; the names are DynamicLayerLR's arguments.
 
-    With `spare` layers whose size changes nothing have multiplier 1 and don't count, and so have layers of which that
-    is not known yet.
+    With `spare` all multipliers are 1 where the rule has nothing to offer. Reference "start": where no layer is known
+    yet whose size changes nothing. Reference "mean", of each layer: where it is not known yet that its size counts;
+    such a layer does not count in the mean either.
     """
 
     alpha: float
@@ -85,8 +86,11 @@ class VarianceRule:
         if self.name == "article":
             # As it is printed: of the last gradient, without averages, bounds, centre or ramp.
             known = torch.isfinite(rows["gradient"]) & torch.isfinite(rows["sum"])
-        if self.spare:
-            known &= statistics.scale_counts()
+        acting = torch.ones_like(known)
+        if self.spare and self.reference == "start":
+            acting = statistics.scale_free().any().expand_as(known)
+        elif self.spare:
+            acting = known = known & statistics.scale_counts()
 
         def added(values: Tensor) -> Tensor:
             values = torch.where(known, values, torch.zeros_like(values))
@@ -116,8 +120,7 @@ class VarianceRule:
                     m = torch.where(bound, bound_m, free_m)
             case "variance":
                 m = variance_multipliers(a, e, size, self.alpha, self.bounds, self.ramp(step))
-        each = torch.where(known, m[index], 1.0) if self.spare else m[index]
-        found: list[float] = each.tolist()
+        found: list[float] = torch.where(acting, m[index], 1.0).tolist()
         return found
 
 

@@ -69,11 +69,13 @@ def no_effect(scaled: Sequence[ScaledSteps], trainer: pl.Trainer) -> str | None:
     if steps <= rule.first_change:
         return f"multipliers first change after {rule.first_change} optimizer steps, and there were {steps}"
     text = f"every multiplier stayed within {UNCHANGED:.0%} of 1 for {steps} optimizer steps"
-    free = sum(int(one.statistics.scale_free().sum()) for one in scaled if one.rule.spare)
-    if not free:
+    if not rule.spare:
         return text
+    kind = type(scaled[0].optimizer).__name__
+    if rule.reference == "start":
+        return f"{text}; no layer stands before a norm, and then the default rule scales none with {kind}: name a rule"
+    free, layers = sum(int(one.statistics.scale_free().sum()) for one in scaled), sum(len(one.layers) for one in scaled)
     return (
-        f"{text}; {free} of {sum(len(one.layers) for one in scaled)} layers stand before a norm layer, and with "
-        f"{type(scaled[0].optimizer).__name__} the default rule leaves these alone, which is best there; remove the "
-        "callback, or name a rule"
+        f"{text}; {free} of {layers} layers stand before a norm layer, and with {kind} the default rule leaves these "
+        "alone: remove the callback, or name a rule"
     )

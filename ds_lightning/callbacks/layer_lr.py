@@ -58,8 +58,8 @@ class DynamicLayerLR(pl.Callback):
         rule: "variance": noisier layers step less; "trust": so, and layers with larger weights step more (as LARS,
             arXiv 1708.03888); "snr": layers with more signal than noise step more; "article": 1 + 0.5 (1 - exp(-0.1
             Var)) of the last gradient's elements, without averages, bounds and warm-up, to see that it does nothing.
-            None: "trust" for SGD; for others "variance", with layers left alone whose size of weights does not change
-            the loss, as before a norm layer.
+            None: what helps and does no harm: for SGD "trust", where norm layers follow some layers, else nothing; for
+            other optimizers "variance" of the layers that no norm follows, and nothing of the others.
         alpha: strength of the rule, > 0. None: 1 for SGD, 0.5 for others, which normalise their step themselves.
         trust: strength of the weights' size, >= 0, for rule "trust" alone. None: 1.
         bounds: smallest and largest multiplier, 0 < low <= 1 <= high. None: (0.4, 2.3), (0.1, 10) for rule "trust".
@@ -169,7 +169,7 @@ class DynamicLayerLR(pl.Callback):
             trust, bounds = checked_rule(name, self.alpha, self.trust, self.bounds, self.reference)
             reference = self.reference or default_reference(optimizer, name)
             schedule = (self.every, self.ema, self.warmup)
-            spare = self.rule is None and name == "variance"
+            spare = self.rule is None
             rule = VarianceRule(alpha, bounds, *schedule, name, trust, self.fade, reference, self.vectors, spare)
             vectors = partial(find_vectors, pl_module, include=self.include, exclude=self.exclude)
             self._scaled.append(ScaledSteps(optimizer, find, rule, shared, self.groups, vectors))

@@ -265,7 +265,11 @@ def test_a_mixing_datamodule_beside_layer_rates(tmp_path, workers):
     def parts():
         arguments = {"batch_size": 6, "val_fraction": 0.2, "mixup_alpha": 0.4, "cutmix_alpha": 1.0}
         data = Dots(num_workers=workers, crop_padding=1, horizontal_flip=True, seed=3, **arguments)
-        return {"model": Mixed(), "data": {"datamodule": data}, "more": (DynamicLayerLR(every=2, warmup=3),)}
+        return {
+            "model": Mixed(),
+            "data": {"datamodule": data},
+            "more": (DynamicLayerLR("variance", every=2, warmup=3),),
+        }
 
     whole = fit(tmp_path, **parts())
     for step in (2, 4, 7) if workers else range(1, 12):

@@ -179,7 +179,7 @@ def test_nan_behind_a_scaler_stops():
 
 
 def test_it_changes_nothing_while_all_is_finite():
-    for extra in ([], [DynamicLayerLR(every=1, warmup=2)]):
+    for extra in ([], [DynamicLayerLR("variance", every=1, warmup=2)]):
         for make in (*MAKERS.values(), partial(LBFGS, lr=0.1, max_iter=3)):
             if extra and make.func is LBFGS:
                 continue

@@ -46,7 +46,17 @@ def first_apart(name: str) -> str:
 
 
 def written_out(
-    kind, rule, beta, fade=False, group=str, scheduler=None, lr=0.05, epochs=4, reference="mean", vectors=1.0
+    kind,
+    rule,
+    beta,
+    fade=False,
+    group=str,
+    scheduler=None,
+    lr=0.05,
+    epochs=4,
+    reference="mean",
+    vectors=1.0,
+    spare=False,
 ):
     module = kind().double()
     layers = {name: module.get_submodule(name) for name in LAYERS}
@@ -106,6 +116,8 @@ def written_out(
                 )
                 for name in LAYERS
             }
+            if spare and not free:
+                raw = dict.fromkeys(LAYERS, 1.0)
         power = rate / max(rates[: step + 1]) if fade else 1.0
         used = {name: m**power for name, m in raw.items()}
         read = {}
@@ -138,6 +150,7 @@ def written_out(
         ("trust", 0.9, {"reference": "mean", "group": head_apart}),
         ("trust", 0.9, {"reference": "start", "vectors": 20.0}),
         ("trust", 0.9, {"reference": "start", "group": first_apart}),
+        ("trust", 0.9, {"reference": "start", "spare": True}),
         ("variance", 0.9, {"vectors": 0.5, "fade": True, "scheduler": ONE_CYCLE}),
         ("snr", 0.9, {}),
         ("snr", 0.9, {"group": head_apart}),
@@ -153,6 +166,7 @@ def written_out(
         "trust-groups",
         "trust-vectors",
         "trust-start-groups",
+        "default",
         "variance-vectors-fade",
         "snr",
         "snr-groups",
@@ -166,9 +180,10 @@ def test_equals_the_rule_written_out(rule, beta, options):
     options = {"kind": User, "lr": 0.05, **options}
     module = options["kind"](partial(SGD, lr=options["lr"], momentum=beta), options.get("scheduler"))
     recorder, groups = Recorder(), options.get("group", "layer")
-    given = {"fade": options.get("fade", False), "reference": options.get("reference")}
-    given["vectors"] = options.get("vectors", 1.0)
-    callback = DynamicLayerLR(rule=rule, groups=groups, **given, **AT_ONCE)
+    given = {"fade": options.get("fade", False), "vectors": options.get("vectors", 1.0)}
+    if not options.get("spare"):
+        given |= {"rule": rule, "reference": options.get("reference")}
+    callback = DynamicLayerLR(groups=groups, **given, **AT_ONCE)
     trainer_of(callback, recorder, epochs=4, precision="64-true").fit(module, images())
     expected, history = written_out(rule=rule, beta=beta, **options)
     assert len(history) == len(recorder.multipliers) == 24
@@ -198,20 +213,12 @@ def test_where_the_size_of_weights_counts_the_rule_is_variance(norm):
     assert max(abs(m - 1) for used in plain for m in used.values()) > 0.05
     if norm is torch.nn.Identity:
         assert weighed == plain
+        with pytest.warns(
+            NoEffectWarning, match="no layer stands before a norm, and then the default rule scales none with SGD"
+        ):
+            assert {m for used in multipliers(rule=None) for m in used.values()} == {1.0}
     else:
         assert any(abs(a["net.0"] - b["net.0"]) > 0.05 for a, b in zip(plain, weighed, strict=True))
-
-
-def multipliers_of_default(make, module=User, **options):
-    recorder = Recorder()
-    callback = DynamicLayerLR(**AT_ONCE, **options)
-    trainer_of(callback, recorder, epochs=4, precision="64-true").fit(module(make), images())
-    return recorder.multipliers
-
-
-def test_the_default_is_trust_for_sgd():
-    make = partial(SGD, lr=0.05, momentum=0.9)
-    assert multipliers_of_default(make) == multipliers_of_default(make, rule="trust", reference="start")
 
 
 @pytest.mark.parametrize("group", [str, first_apart])

@@ -206,7 +206,7 @@ def test_elastic_weight_consolidation_keeps_what_is_left(monkeypatch):
 
 def test_layer_rates_stay_with_their_layers(monkeypatch):
     FixedPlans(plans()[0]).into(monkeypatch)
-    rates, seen = DynamicLayerLR(every=2, warmup=4), []
+    rates, seen = DynamicLayerLR("variance", every=2, warmup=4), []
 
     class Reads(pl.Callback):
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):

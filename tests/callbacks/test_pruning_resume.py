@@ -101,7 +101,7 @@ class Dies(pl.Callback):
 
 
 def main(root, at, during, resume):
-    others = (DynamicLayerLR(every=2, warmup=4), FiniteGuard(), Preemption(), Dies(root, at, during))
+    others = (DynamicLayerLR("variance", every=2, warmup=4), FiniteGuard(), Preemption(), Dies(root, at, during))
     pl.seed_everything(9 if resume else 1, verbose=False)
     module = Images(Adam, 0.02)
     saves = DurableCheckpoint(dirpath=root, every_n_train_steps=1)
