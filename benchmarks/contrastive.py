@@ -51,8 +51,8 @@ IMAGE_GRID = {
     ],
 }
 TEXT_GRID = {
-    "supervised": list(itertools.product(("adamw",), (1e-3, 3e-3, 3e-4), (0.01, 0.3), ("none",))),
-    "finetune": list(itertools.product(("adamw",), (3e-4, 1e-3, 1e-4), (0.01, 0.3), ("none",))),
+    "supervised": list(itertools.product(("adamw",), (3e-3, 1e-2, 1e-3, 3e-4), (0.01, 0.3), ("none",))),
+    "finetune": list(itertools.product(("adamw",), (1e-3, 3e-3, 3e-4, 1e-4), (0.01, 0.3), ("none",))),
 }
 METHODS = ("supervised", "finetune", "distilled")
 

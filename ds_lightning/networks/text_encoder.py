@@ -44,25 +44,18 @@ class _TextFeatures(nn.Module):
             )
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden, real = self.tokens(x)
-        pooled = self._pooled(hidden, real[..., None])
-        out: Tensor = pooled if self.blocks else self.bag(self.norm(pooled))
+        if self.blocks:
+            return self._pooled(*self.tokens(x))
+        # Of a mean over tokens only its own features are worth dropping, and that pass is shorter by their number.
+        pooled = self.dropout(self._pooled(*self._embedded(x)))
+        out: Tensor = self.bag(self.norm(pooled))
         return out
 
     def tokens(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Map token ids (B, L) to what is pooled, (B, L, width), and where it is real, (B, L) bool."""
-        if x.dim() != 2 or x.is_floating_point():
-            raise ValueError(f"text has the shape {tuple(x.shape)} and type {x.dtype}; expected token ids (B, L) int64")
-        length = x.shape[1]
-        if not 1 <= length <= self.max_length:
-            raise ValueError(f"the texts have {length} tokens; expected 1 to max_length, {self.max_length}")
-        real = x != PADDING
-        hidden = self.embedding(x)
-        if self.embedding_dropout:
-            ones = torch.ones_like(hidden[..., :1])
-            hidden = hidden * F.dropout(ones, self.embedding_dropout, self.training)
+        hidden, real = self._embedded(x)
         if self.positions is not None:
-            hidden = hidden + self.positions.weight[:length]
+            hidden = hidden + self.positions.weight[: x.shape[1]]
         hidden = self.dropout(hidden)
         # Attention over nothing is NaN: a text without tokens attends to its first padding.
         attended = real.clone()
@@ -73,11 +66,25 @@ class _TextFeatures(nn.Module):
             hidden = self.norm(hidden)
         return hidden, real
 
+    def _embedded(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        if x.dim() != 2 or x.is_floating_point():
+            raise ValueError(f"text has the shape {tuple(x.shape)} and type {x.dtype}; expected token ids (B, L) int64")
+        length = x.shape[1]
+        if not 1 <= length <= self.max_length:
+            raise ValueError(f"the texts have {length} tokens; expected 1 to max_length, {self.max_length}")
+        hidden = self.embedding(x)
+        if self.embedding_dropout:
+            ones = torch.ones_like(hidden[..., :1])
+            hidden = hidden * F.dropout(ones, self.embedding_dropout, self.training)
+        return hidden, x != PADDING
+
     def _pooled(self, hidden: Tensor, real: Tensor) -> Tensor:
         if self.pool == "mean":
-            return hidden.masked_fill(~real, 0.0).sum(dim=1) / real.sum(dim=1).clamp(min=1)
-        highest = hidden.masked_fill(~real, -torch.inf).amax(dim=1)
-        return highest.masked_fill(~real.any(dim=1), 0.0)
+            # A product, because masking would write all tokens once more.
+            share = real / real.sum(dim=1, keepdim=True).clamp(min=1)
+            return torch.bmm(share[:, None].to(hidden.dtype), hidden)[:, 0]
+        highest = hidden.masked_fill(~real[..., None], -torch.inf).amax(dim=1)
+        return highest.masked_fill(~real.any(dim=1, keepdim=True), 0.0)
 
 
 class TextEncoder(nn.Module):
@@ -92,7 +99,8 @@ class TextEncoder(nn.Module):
         depth: Transformer blocks, at least 0; 0 is the mean of the embeddings and a perceptron, without an order.
         heads: attention heads of a block, at least 1.
         max_length: the longest text in tokens, at least 1.
-        dropout: probability of dropping a feature in the embeddings, the attention and the perceptrons, in [0, 1).
+        dropout: probability of dropping a feature in the embeddings (of a bag: in their mean), the attention and the
+            perceptrons, in [0, 1).
         num_classes: outputs of the head; 0 gives the features.
         pool: `mean` or `max` over the tokens of a text.
         embedding_dropout: probability of dropping a token's whole embedding, in [0, 1).

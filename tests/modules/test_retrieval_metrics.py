@@ -111,7 +111,7 @@ def test_a_validation_of_two_ranks_finds_what_one_does(pairs: int, tmp_path: Pat
         optimizer=partial(torch.optim.Adam, lr=0.01),
     )
     data = cases.Viewed(Subset(cases.ImagesAndTexts(), range(pairs)), batch_size=8)
-    cases.trainer(tmp_path, max_epochs=16).fit(model, data)
+    cases.trainer(tmp_path, max_epochs=24).fit(model, data)
     for ranks in ({}, {"strategy": "ddp_fork", "devices": 2}):
         cases.trainer(tmp_path, callbacks=[Keeps()], **ranks).validate(model, data, verbose=False)
     one = torch.load(tmp_path / "1-0.pt")
