@@ -61,6 +61,17 @@ def test_the_transformer_is_torchs_with_the_norm_first() -> None:
     assert torch.allclose(network(text), expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("pool", ["mean", "max"])
+def test_a_bag_pools_the_embeddings_of_what_is_no_padding(pool: str) -> None:
+    features = small(depth=0, pool=pool).features
+    text = tokens(3, 7)
+    text[0, 1:] = 0
+    text[1, 4:] = 0
+    rows = [features.embedding.weight[ids[ids != 0]] for ids in text]
+    pooled = torch.stack([row.mean(0) if pool == "mean" else row.max(0).values for row in rows])
+    assert torch.allclose(features(text), features.bag(features.norm(pooled)), atol=1e-5)
+
+
 def test_a_bag_has_no_order_and_a_transformer_has() -> None:
     text = tokens(1, 6)
     assert torch.allclose(small(depth=0)(text), small(depth=0)(text.flip(1)), atol=1e-6)
