@@ -47,7 +47,11 @@ class Attends(nn.Module):
             (TOKENS,),
             3 * (ATTENTION + 2 * 5 * 2 * 8 * 16),
         ),
-        (TextEncoder(9, 8, 1, 2, num_classes=3), (torch.ones(2, 5).long(),), ATTENTION + 2 * 5 * 64 * 8 + 2 * 8 * 3),
+        (
+            TextEncoder(9, 8, 1, 2, num_classes=3),
+            (torch.ones(2, 5).long(),),
+            ATTENTION + 2 * 5 * 64 * 8 + 2 * 5 * 8 + 2 * 8 * 3,
+        ),
         (nn.Sequential(nn.BatchNorm2d(6), nn.ReLU(), nn.AvgPool2d(2)), (X,), 0),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
