@@ -132,6 +132,8 @@ def supervised(run: Run) -> dict[str, Any]:
         run.network, optimizer=optimizer_of(run), lr_scheduler="cosine", **options
     )
     if isinstance(module, Student):
+        data.prepare_data()
+        data.setup("fit")  # of texts the classes are not known before
         teacher = Classifier(run.network, num_classes=data.num_classes, **options)
         teacher.configure_model()
         teacher.load_state_dict(torch.load(run.teacher, map_location="cpu", weights_only=True))
