@@ -48,8 +48,8 @@ class DynamicLayerLR(pl.Callback):
     **Limits.** The step must be linear in the rate: LBFGS, schedule-free, D-adaptation and Prodigy are refused, and an
     optimizer that torch does not ship is tried out at the start. FSDPStrategy and DeepSpeed are refused: each rank
     holds parts of a layer that have no name; ModelParallelStrategy with `fully_shard` works. Layers with sparse
-    gradients are left out, with a warning. The gain is in short trainings; see docs/layer_lr.md before use in long
-    ones.
+    gradients are left out, with a warning. The gain is on deep networks with norm layers and SGD; docs/layer_lr.md
+    says when not to use it.
 
     **Cost.** One copy of the scaled weights (on CUDA made and freed within each step, elsewhere kept), and two passes
     over them.

@@ -46,7 +46,7 @@ class _TextFeatures(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.blocks:
             return self._pooled(*self.tokens(x))
-        # Of a mean over tokens only its own features are worth dropping, and that pass is shorter by their number.
+        # Dropping features of each token would all but cancel in the mean, and cost a pass over all tokens.
         pooled = self.dropout(self._pooled(*self._embedded(x)))
         out: Tensor = self.bag(self.norm(pooled))
         return out
