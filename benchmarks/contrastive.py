@@ -145,14 +145,14 @@ def bench(options: argparse.Namespace, pool: ProcessPoolExecutor, cache: Path) -
                 for seed in seeds
             ]
     if "distilled" in options.methods:
-        # The fine-tuning's first setting, for twice the steps; nothing is tuned.
-        student = replace(variants("finetune", base)[0], steps=2 * options.steps, split="test")
+        # The fine-tuning's best setting, for twice the steps; nothing more is tuned.
         tests["distilled"] = {}
         for share, teachers in tests["finetune"].items():
             if share == 1:
                 continue
             for teacher in teachers:
                 teacher.result()
+            student = replace(best(tuned["finetune"][share]), train_size=None, steps=2 * options.steps, split="test")
             tests["distilled"][share] = [
                 pool.submit(supervised, replace(student, seed=seed, encoder=paths[seed], teacher=kept(share, seed)))
                 for seed in seeds

@@ -61,10 +61,11 @@ def training_step(network: nn.Module, options: argparse.Namespace) -> Callable[[
     network.train().to(options.device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9)
     loss = loss_on_fixed_batch(argparse.Namespace(**vars(options), precision="bf16"))
+    called = torch.compile(network) if options.compile else network
 
     def step() -> None:
         optimizer.zero_grad()
-        loss(network).backward()
+        loss(called).backward()
         optimizer.step()
 
     if not options.graph:
@@ -95,7 +96,7 @@ def speed(options: argparse.Namespace) -> dict[str, Any]:
     methods: dict[str, Callable[[Any, Tensor], None]] = {"unpruned": lambda network, x: None}
     methods["torch_pruning"] = torch_pruning_alone
     if gpu:
-        for scope, round_to in itertools.product(("global", "layer"), (8, 16, 32, 64)):
+        for scope, round_to in itertools.product(options.scopes, options.round_to):
             methods[f"ours_{scope}_{round_to}"] = partial(ours, scope=scope, round_to=round_to)
     else:
         methods["ours"] = ours
@@ -124,7 +125,8 @@ def speed(options: argparse.Namespace) -> dict[str, Any]:
         row["ms"] = round(1e3 * statistics.median(times[name]), 2)
         ratios = [mine / first for mine, first in zip(times[name], times["unpruned"], strict=True)]
         row["ratio_to_unpruned"] = round(statistics.median(ratios), 4)
-    setting = {"step": "training, bf16" if gpu else "one image, one thread", "image_size": options.image_size}
+    how = ["training, bf16", *(name for name in ("compile", "graph") if getattr(options, name))]
+    setting = {"step": ", ".join(how) if gpu else "one image, one thread", "image_size": options.image_size}
     return {**setting, "batch_size": options.batch_size if gpu else 1, "turns": options.turns, "networks": rows}
 
 
