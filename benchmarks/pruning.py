@@ -38,6 +38,7 @@ from pruning_speed import speed
 from torch import Tensor, nn
 
 from ds_lightning.networks import PruningPlan, apply_plan, count_macs, prune_channels, resnet
+from ds_lightning.networks.channel_importance import IMPORTANCES
 
 METHODS = ("progressive", "one_shot_finetune", "scratch")
 FINETUNE_SHARES = (0.1, 0.3, 1.0)
@@ -59,6 +60,9 @@ class Run:
     target: float = 1.0
     seed: int = 0
     end: float = 0.6
+    importance: str = "magnitude"
+    sparsity: float = 0.0
+    round_to: int = 8
     lr: float = 0.1
     weight_decay: float = 5e-4
     steps: int = 2000
@@ -109,11 +113,12 @@ def train(run: Run) -> dict[str, Any]:
     begin = time.perf_counter()
     if run.method == "one_shot_finetune":
         network.load_state_dict(torch.load(run.weights, map_location="cpu", weights_only=True))
-        apply_plan(network, prune_channels(network, x, run.target))
+        apply_plan(network, prune_channels(network, x, run.target, round_to=run.round_to))
     elif run.method == "scratch":
         apply_plan(network, PruningPlan.from_json(run.plan))
         draw_anew(network)
-    callbacks = [ProgressivePruning(run.target, end=run.end)] if run.method == "progressive" else []
+    options: dict[str, Any] = {name: getattr(run, name) for name in ("end", "importance", "sparsity", "round_to")}
+    callbacks = [ProgressivePruning(run.target, **options)] if run.method == "progressive" else []
     module = Classifier(
         network,
         num_classes=10,
@@ -159,7 +164,9 @@ def quality(options: argparse.Namespace) -> dict[str, Any]:
     from contrastive_data import prepare
 
     for target in options.targets:
-        prune_channels(*untrained(options.what, options.width), target)  # one out of reach fails before any training
+        prune_channels(
+            *untrained(options.what, options.width), target, round_to=options.round_to
+        )  # one out of reach fails before any training
     seeds = range(options.seeds)
     with (
         tempfile.TemporaryDirectory() as folder,
@@ -173,6 +180,9 @@ def quality(options: argparse.Namespace) -> dict[str, Any]:
             batch_size=options.batch_size,
             width=options.width,
             device=options.device,
+            importance=options.importance,
+            sparsity=options.sparsity,
+            round_to=options.round_to,
         )
         tried = {lr: pool.submit(train, replace(base, lr=lr)) for lr in options.rates}
         lr, tuning = best(tried)
@@ -273,6 +283,9 @@ def main() -> None:
         "--rates", type=float, nargs="+", default=[0.025, 0.05, 0.1, 0.2], help="of unpruned, to choose from"
     )
     judging.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, help="beside unpruned")
+    judging.add_argument("--importance", choices=IMPORTANCES, default="magnitude", help="of progressive")
+    judging.add_argument("--sparsity", type=float, default=0.0, help="of progressive")
+    judging.add_argument("--round-to", type=int, default=8, help="channels are multiples of this")
     judging.add_argument("--steps", type=int, default=2000, help="of each method, in all")
     judging.add_argument("--batch-size", type=int, default=256)
     judging.add_argument("--width", type=int, default=64, help="channels of the first stage")
