@@ -69,11 +69,7 @@ def read_norms(
         sums = {i: grad.sum(dtype=dtype).to(device, non_blocking=True) for i, grad in grads.items()}
         rows["sum"] = torch.stack([sums.get(i, absent) for i in range(len(layers))])
     if "inner" in extra:
-        products = torch._foreach_mul([weights[i] for i in grads], list(grads.values())) if grads else []
-        inner = {
-            i: product.sum(dtype=dtype).to(device, non_blocking=True)
-            for i, product in zip(grads, products, strict=True)
-        }
+        inner = {i: (weights[i] * grad).sum(dtype=dtype).to(device, non_blocking=True) for i, grad in grads.items()}
         rows["inner"] = torch.stack([inner.get(i, absent) for i in range(len(layers))])
     loss_scale = getattr(optimizer, "grad_scale", None)
     if isinstance(loss_scale, Tensor):
