@@ -36,7 +36,9 @@ PEERS: dict[str, dict[str, Any]] = {
     "muon": {"opt": "muon", "weight_decay": 0.05},
     "layer_decay": {"layer_decay": 0.75},
 }
-METHODS = ("baseline", *RULES, *PEERS)
+# Two rates by hand, about as far apart as those that rule `trust` comes to with SGD.
+SLOW_HEAD = 1 / 25
+METHODS = ("baseline", "slow_head", *RULES, *PEERS)
 WEIGHT_DECAY = {"sgd": 5e-4, "adamw": 0.05}
 
 
@@ -154,9 +156,14 @@ def optimizer_of(network: nn.Module, run: Run) -> torch.optim.Optimizer:
     fused = {"fused": True} if run.device == "cuda" else {}
     decay = WEIGHT_DECAY[run.optimizer]
     if run.method not in PEERS:
+        groups: list[dict[str, Any]] = [{"params": list(network.parameters())}]
+        if run.method == "slow_head":
+            head = list(network.get_submodule(head_of(network)).parameters())
+            rest = [p for p in network.parameters() if all(p is not mine for mine in head)]
+            groups = [{"params": rest}, {"params": head, "lr": run.lr * SLOW_HEAD}]
         if run.optimizer == "adamw":
-            return torch.optim.AdamW(network.parameters(), lr=run.lr, weight_decay=decay, **fused)
-        return torch.optim.SGD(network.parameters(), lr=run.lr, momentum=0.9, weight_decay=decay, **fused)
+            return torch.optim.AdamW(groups, lr=run.lr, weight_decay=decay, **fused)
+        return torch.optim.SGD(groups, lr=run.lr, momentum=0.9, weight_decay=decay, **fused)
     from timm.optim import create_optimizer_v2
 
     options: dict[str, Any] = {"opt": run.optimizer, "weight_decay": decay, **PEERS[run.method]}
@@ -176,7 +183,7 @@ def optimizer_of(network: nn.Module, run: Run) -> torch.optim.Optimizer:
 
 def callback_of(method: str) -> Any:
     """Return the callback of a method, or None."""
-    if method == "baseline" or method in PEERS:
+    if method in ("baseline", "slow_head") or method in PEERS:
         return None
     from ds_lightning.callbacks import DynamicLayerLR
 
