@@ -163,10 +163,8 @@ def quality(options: argparse.Namespace) -> dict[str, Any]:
     from contrastive import spread
     from contrastive_data import prepare
 
-    for target in options.targets:
-        prune_channels(
-            *untrained(options.what, options.width), target, round_to=options.round_to
-        )  # one out of reach fails before any training
+    for target in options.targets:  # one out of reach fails before any training
+        prune_channels(*untrained(options.what, options.width), target, round_to=options.round_to)
     seeds = range(options.seeds)
     with (
         tempfile.TemporaryDirectory() as folder,
