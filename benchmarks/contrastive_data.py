@@ -21,7 +21,7 @@ VIEWS: dict[str, dict[str, Any]] = {
     "mnist5k": {"flip": False, "color": 0.4, "crop_scale": (0.4, 1.0)},
     "fashion": {"flip": True, "color": 0.4, "crop_scale": (0.3, 1.0)},
     "cifar10": {"flip": True, "color": 0.5, "grayscale": 0.2, "crop_scale": (0.2, 1.0)},
-    "sst2": {"word_deletion": 0.1, "swap_distance": 0},
+    "sst2": {"word_deletion": 0.5, "swap_distance": 0},
     "20newsgroups": {"word_deletion": 0.5, "swap_distance": 0},
 }
 MAX_LENGTH = {"sst2": 64, "20newsgroups": 256}
