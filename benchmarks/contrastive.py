@@ -19,7 +19,6 @@ Run: `OMP_NUM_THREADS=1 python benchmarks/contrastive.py mnist5k --seeds 1`, or 
 import argparse
 import itertools
 import json
-import math
 import statistics
 import tempfile
 import time
@@ -32,6 +31,7 @@ import torch
 from contrastive_data import IMAGES, TEXTS, labelled, prepare
 from contrastive_training import Pretraining, Run, pretrain, supervised, tfidf
 from gpu_processes import training_processes
+from seed_spread import spread
 
 # (optimizer, rate, weight decay, augmentation), the likely ones first: --grid takes only so many.
 AUGMENTS = ("crop_flip", "views")
@@ -55,15 +55,6 @@ TEXT_GRID = {
     "finetune": list(itertools.product(("adamw",), (1e-3, 3e-3, 3e-4, 1e-4), (0.01, 0.3), ("none",))),
 }
 METHODS = ("supervised", "finetune", "distilled")
-
-
-def spread(values: list[float]) -> dict[str, Any]:
-    error = round(statistics.stdev(values) / math.sqrt(len(values)), 4) if len(values) > 1 else None
-    return {
-        "mean": round(statistics.fmean(values), 4),
-        "standard_error": error,
-        "values": [round(value, 4) for value in values],
-    }
 
 
 def percent(share: float) -> str:

@@ -30,11 +30,11 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from contrastive import spread
 from contrastive_pairs_data import FILES, baselines, prepare, prepared, scores, split_rows, standardised
 from contrastive_training import start, trainer
 from few_shot_data import AffineJitter
 from gpu_processes import training_processes
+from seed_spread import spread
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 

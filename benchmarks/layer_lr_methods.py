@@ -201,7 +201,7 @@ def start_from(network: nn.Module, path: str) -> None:
         raise RuntimeError(f"{path} has other weights than the network: {lacking} lack, {unknown} are unknown")
 
 
-def train(run: Run) -> dict[str, Any] | None:
+def train(run: Run, logger: Any = False) -> dict[str, Any] | None:
     """Train once and return the curve, the test accuracy and the multipliers; None when it is too late to start."""
     parent = multiprocessing.parent_process()
     if time.time() > run.deadline or (parent is not None and not parent.is_alive()):
@@ -220,7 +220,7 @@ def train(run: Run) -> dict[str, Any] | None:
     layers = callback_of(run.method)
     curve = Curve(steps, layers)
     module = Plain(network, data, run)
-    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    quiet = dict.fromkeys(("enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
     trainer = pl.Trainer(
         accelerator=run.device,
         devices=1,
@@ -228,6 +228,7 @@ def train(run: Run) -> dict[str, Any] | None:
         benchmark=run.device == "cuda",
         max_steps=run.steps,
         max_epochs=-1,
+        logger=logger,
         callbacks=[curve] if layers is None else [layers, curve],
         **quiet,  # type: ignore[arg-type]
     )

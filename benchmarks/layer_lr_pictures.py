@@ -13,13 +13,10 @@ import json
 import tempfile
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import torch
 from layer_lr import SETTINGS
-from layer_lr_methods import Draws, Plain, callback_of
-from layer_lr_networks import build, load, prepare
-from lightning.pytorch import Trainer
+from layer_lr_methods import train
+from layer_lr_networks import prepare
 from lightning.pytorch.loggers.logger import DummyLogger
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -64,26 +61,12 @@ def curves(options: argparse.Namespace) -> None:
 
 def multipliers(options: argparse.Namespace) -> None:
     run, _ = SETTINGS[options.setting]
-    steps = options.steps or run.steps
+    run = replace(
+        run, setting=options.setting, steps=options.steps or run.steps, lr=options.rate, method=options.method
+    )
     with tempfile.TemporaryDirectory() as cache:
         prepare(run.data, options.data_dir, Path(cache))
-        data = load(run.data, cache, run.part, options.device)
-    run = replace(run, setting=options.setting, steps=steps, lr=options.rate, method=options.method)
-    torch.manual_seed(run.seed)
-    module = Plain(build(run.network, data, run.size), data, replace(run, device=options.device))
-    quiet: dict[str, Any] = dict.fromkeys(
-        ("enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False
-    )
-    trainer = Trainer(
-        accelerator=options.device,
-        devices=1,
-        max_steps=steps,
-        max_epochs=-1,
-        callbacks=[callback_of(run.method)],
-        logger=PictureFile(options.picture),
-        **quiet,
-    )
-    trainer.fit(module, Draws(data.draws(steps, run.batch_size, run.seed)))
+        train(replace(run, cache=cache, device=options.device), PictureFile(options.picture))
 
 
 def main() -> None:

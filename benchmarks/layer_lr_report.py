@@ -1,12 +1,12 @@
 """The tables of benchmarks/layer_lr.py: steps to the targets and final accuracies beside the baseline's."""
 
-import math
 import statistics
 from collections.abc import Sequence
 from typing import Any
 
 from layer_lr_methods import Run
 from layer_lr_networks import CLASSES, PARTS
+from seed_spread import spread
 
 SHARES = (0.6, 0.75, 0.9, 0.97)
 
@@ -19,15 +19,6 @@ def steps_to(target: float, steps: Sequence[int], curve: Sequence[float], chance
             return before + (step - before) * (target - highest) / (accuracy - highest)
         before, highest = step, max(highest, accuracy)
     return None
-
-
-def spread(values: Sequence[float], digits: int = 4) -> dict[str, Any]:
-    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
-    return {
-        "mean": round(statistics.fmean(values), digits) if values else None,
-        "standard_error": None if error is None else round(error, digits),
-        "values": [round(value, digits) for value in values],
-    }
 
 
 def mean_curve(found: dict[int, dict[str, Any]]) -> list[float]:

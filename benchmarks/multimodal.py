@@ -29,12 +29,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from contrastive import spread
 from contrastive_training import start, trainer
 from gpu_processes import training_processes
 from multimodal_data import ORDER, ArrayBatches, prepare, prepared, split_rows
 from multimodal_linear import linear_scores
 from multimodal_networks import encoders_of
+from seed_spread import spread
 
 from ds_lightning.modules import MultimodalFusion
 

@@ -35,6 +35,7 @@ from typing import Any
 import torch
 from gpu_processes import training_processes
 from pruning_speed import speed
+from seed_spread import spread
 from torch import Tensor, nn
 
 from ds_lightning.networks import PruningPlan, apply_plan, count_macs, prune_channels, resnet
@@ -160,7 +161,6 @@ def best(tried: dict[float, Future[dict[str, Any]]]) -> tuple[float, dict[str, f
 
 def quality(options: argparse.Namespace) -> dict[str, Any]:
     """Compare the methods; a seed's runs see the same data in the same order."""
-    from contrastive import spread
     from contrastive_data import prepare
 
     for target in options.targets:  # one out of reach fails before any training
@@ -171,17 +171,8 @@ def quality(options: argparse.Namespace) -> dict[str, Any]:
         training_processes(options.jobs, options.device) as pool,
     ):
         prepare(options.what, options.data_dir, Path(folder))
-        base = Run(
-            options.what,
-            folder,
-            steps=options.steps,
-            batch_size=options.batch_size,
-            width=options.width,
-            device=options.device,
-            importance=options.importance,
-            sparsity=options.sparsity,
-            round_to=options.round_to,
-        )
+        given = ("steps", "batch_size", "width", "device", "importance", "sparsity", "round_to")
+        base = Run(options.what, folder, **{name: getattr(options, name) for name in given})
         tried = {lr: pool.submit(train, replace(base, lr=lr)) for lr in options.rates}
         lr, tuning = best(tried)
         base = replace(base, lr=lr)

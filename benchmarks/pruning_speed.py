@@ -104,7 +104,7 @@ def speed(options: argparse.Namespace) -> dict[str, Any]:
         methods["masks"] = masks
     whole = torchvision.models.resnet50()
     x = torch.randn(1, 3, options.image_size, options.image_size)
-    macs, rows, steps = count_macs(whole, x), {}, {}
+    macs, whole_written, rows, steps = count_macs(whole, x), written(whole, x), {}, {}
     for name, method in methods.items():
         network = copy.deepcopy(whole)
         begin = time.perf_counter()
@@ -112,6 +112,7 @@ def speed(options: argparse.Namespace) -> dict[str, Any]:
         rows[name] = {
             "pruning_seconds": round(time.perf_counter() - begin, 2),
             "macs_share": round(count_macs(network, x) / macs, 4),
+            "written_share": round(written(network, x) / whole_written, 4),
             "parameters": sum(p.numel() for p in network.parameters()),
             "zeros": round(zeros(network), 4),
         }
@@ -128,6 +129,18 @@ def speed(options: argparse.Namespace) -> dict[str, Any]:
     how = ["training, bf16", *(name for name in ("compile", "graph") if getattr(options, name))]
     setting = {"step": ", ".join(how) if gpu else "one image, one thread", "image_size": options.image_size}
     return {**setting, "batch_size": options.batch_size if gpu else 1, "turns": options.turns, "networks": rows}
+
+
+def written(network: nn.Module, x: Tensor) -> int:
+    """Return how many numbers the convolutions write, which is what the layers behind them read."""
+    sizes: list[int] = []
+    convolutions = [module for module in network.modules() if isinstance(module, nn.Conv2d)]
+    hooks = [module.register_forward_hook(lambda _, __, out: sizes.append(out.numel())) for module in convolutions]
+    with torch.inference_mode():
+        copy.deepcopy(network).eval()(x)
+    for hook in hooks:
+        hook.remove()
+    return sum(sizes)
 
 
 def zeros(network: nn.Module) -> float:
