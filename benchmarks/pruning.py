@@ -8,7 +8,7 @@ with `--graph` without the host's share, with `--compile` all networks compiled 
 and several `round_to`. All take turns; medians, and the median over the turns of the ratio to the unpruned network.
 
 `quality`: ResNet-18, SGD and cosine, always as many steps in all. `unpruned`; `progressive`: ProgressivePruning within
-the one fit; `one_shot_finetune`: 60% of the steps, pruned at once, the rest with a second cosine; `scratch`: what
+the one fit; `one_shot_finetune`: 60% of the steps, then pruned at once, the rest with a second cosine; `scratch`: what
 `progressive` ends with, trained from new weights. The rate of `unpruned` is tuned by the validation accuracy of the
 first seed, and taken by all; so are, for each target, the rate of the fine-tuning, as a share of it, and the `end` of
 `progressive` (--ends). Test accuracies of all seeds and their differences to `unpruned`, paired by seed; seconds are
@@ -44,6 +44,7 @@ from ds_lightning.networks.channel_importance import IMPORTANCES
 METHODS = ("progressive", "one_shot_finetune", "scratch")
 FINETUNE_SHARES = (0.1, 0.3, 1.0)
 BEFORE_ONE_SHOT = 0.6
+PROGRESSIVE = ("end", "schedule", "importance", "sparsity", "round_to")
 SHAPES = {"mnist5k": (1, 28, 28), "fashion": (1, 28, 28), "cifar10": (3, 32, 32)}
 
 
@@ -61,6 +62,7 @@ class Run:
     target: float = 1.0
     seed: int = 0
     end: float = 0.6
+    schedule: str = "cubic"
     importance: str = "magnitude"
     sparsity: float = 0.0
     round_to: int = 8
@@ -114,12 +116,14 @@ def train(run: Run) -> dict[str, Any]:
     begin = time.perf_counter()
     if run.method == "one_shot_finetune":
         network.load_state_dict(torch.load(run.weights, map_location="cpu", weights_only=True))
-        apply_plan(network, prune_channels(network, x, run.target, round_to=run.round_to))
     elif run.method == "scratch":
         apply_plan(network, PruningPlan.from_json(run.plan))
         draw_anew(network)
-    options: dict[str, Any] = {name: getattr(run, name) for name in ("end", "importance", "sparsity", "round_to")}
-    callbacks = [ProgressivePruning(run.target, **options)] if run.method == "progressive" else []
+    settings: dict[str, Any] = {name: getattr(run, name) for name in PROGRESSIVE}
+    if run.method == "one_shot_finetune":  # after the first step, whose gradients `taylor` needs
+        settings |= {"schedule": "one-shot", "start": 1, "sparsity": 0.0}
+    removes = run.method in ("progressive", "one_shot_finetune")
+    callbacks = [ProgressivePruning(run.target, **settings)] if removes else []
     module = Classifier(
         network,
         num_classes=10,
@@ -171,7 +175,7 @@ def quality(options: argparse.Namespace) -> dict[str, Any]:
         training_processes(options.jobs, options.device) as pool,
     ):
         prepare(options.what, options.data_dir, Path(folder))
-        given = ("steps", "batch_size", "width", "device", "importance", "sparsity", "round_to")
+        given = ("steps", "batch_size", "width", "device", "schedule", "importance", "sparsity", "round_to")
         base = Run(options.what, folder, **{name: getattr(options, name) for name in given})
         tried = {lr: pool.submit(train, replace(base, lr=lr)) for lr in options.rates}
         lr, tuning = best(tried)
@@ -272,7 +276,8 @@ def main() -> None:
         "--rates", type=float, nargs="+", default=[0.025, 0.05, 0.1, 0.2], help="of unpruned, to choose from"
     )
     judging.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, help="beside unpruned")
-    judging.add_argument("--importance", choices=IMPORTANCES, default="magnitude", help="of progressive")
+    judging.add_argument("--schedule", choices=("cubic", "linear", "one-shot"), default="cubic", help="of progressive")
+    judging.add_argument("--importance", choices=IMPORTANCES, default="magnitude", help="of both that remove")
     judging.add_argument("--sparsity", type=float, default=0.0, help="of progressive")
     judging.add_argument("--round-to", type=int, default=8, help="channels are multiples of this")
     judging.add_argument("--steps", type=int, default=2000, help="of each method, in all")

@@ -25,7 +25,8 @@ RuleName = Literal["variance", "trust", "snr", "article"]
 ReferenceName = Literal["mean", "start"]
 RULES = ("variance", "trust", "snr", "article")
 _BOUNDS = (0.4, 2.3)
-_TRUST_BOUNDS = (0.1, 10.0)  # weights of layers differ in size by more than their gradients' noise
+FLOOR = 0.02  # a head behind layers with norms wants a fraction of their rate
+_TRUST_BOUNDS = (FLOOR, 10.0)
 
 
 @dataclass(frozen=True)
@@ -33,8 +34,8 @@ class VarianceRule:
     """How statistics become multipliers; the names are DynamicLayerLR's arguments.
 
     With `spare` all multipliers are 1 where the rule has nothing to offer. Reference "start": where no layer is known
-    yet whose size changes nothing. Reference "mean", of each layer: where it is not known yet that its size counts;
-    such a layer does not count in the mean either.
+    yet whose size changes nothing. Reference "mean": of each layer of which it is not known yet that its size counts.
+    `floor` bounds layers whose size counts from below, where others are known whose size changes nothing.
     """
 
     alpha: float
@@ -48,6 +49,7 @@ class VarianceRule:
     reference: ReferenceName = "mean"
     vectors: float = 1.0
     spare: bool = False
+    floor: float = FLOOR
 
     @property
     def first_change(self) -> int:
@@ -86,11 +88,13 @@ class VarianceRule:
         if self.name == "article":
             # As it is printed: of the last gradient, without averages, bounds, centre or ramp.
             known = torch.isfinite(rows["gradient"]) & torch.isfinite(rows["sum"])
-        acting = torch.ones_like(known)
+        acting, bounds = torch.ones_like(known), self.bounds
+        free = statistics.scale_free()
         if self.spare and self.reference == "start":
-            acting = statistics.scale_free().any().expand_as(known)
+            acting = free.any().expand_as(known)
         elif self.spare:
-            acting = known = known & statistics.scale_counts()
+            acting = known & statistics.scale_counts()
+            bounds = (self.floor if free.any() else bounds[0]), bounds[1]
 
         def added(values: Tensor) -> Tensor:
             values = torch.where(known, values, torch.zeros_like(values))
@@ -112,14 +116,16 @@ class VarianceRule:
                     if step >= self.warmup or not bool(x.isnan().any()):
                         statistics.start = torch.where(statistics.start.isnan(), x[index], statistics.start)
                     start = x.new_full((count,), torch.nan).index_copy_(0, index, statistics.start)
-                    bound = added((~statistics.scale_free()).double()) > 0  # a group, where any of its layers is
+                    bound = added((~free).double()) > 0  # a group, where any of its layers is
                     center = mean_exponent(torch.where(bound, torch.nan, start))
                     free_m = exponent_multipliers(x, self.bounds, self.ramp(step), center)
-                    bounds = max(self.bounds[0], _BOUNDS[0]), min(self.bounds[1], _BOUNDS[1])
+                    # Without a norm anywhere it is the rule `variance`.
+                    low = self.floor if free.any() else max(self.bounds[0], _BOUNDS[0])
+                    bounds = low, min(self.bounds[1], _BOUNDS[1])
                     bound_m = variance_multipliers(a, e, size, self.alpha, bounds, self.ramp(step))
                     m = torch.where(bound, bound_m, free_m)
             case "variance":
-                m = variance_multipliers(a, e, size, self.alpha, self.bounds, self.ramp(step))
+                m = variance_multipliers(a, e, size, self.alpha, bounds, self.ramp(step))
         found: list[float] = torch.where(acting, m[index], 1.0).tolist()
         return found
 

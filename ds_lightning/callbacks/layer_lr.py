@@ -14,7 +14,7 @@ from ds_lightning.errors import ConfigError, NoEffectWarning
 
 from ._layer_fade import check_rates
 from ._layer_picture import log_multipliers
-from ._layer_rules import ReferenceName, RuleName, VarianceRule, checked_rule
+from ._layer_rules import FLOOR, ReferenceName, RuleName, VarianceRule, checked_rule
 from ._layer_summary import no_effect, summary
 from ._layers import check_patterns, find_layers, find_vectors
 from ._linear_optimizers import check_linear, default_alpha, default_reference, default_rule
@@ -59,11 +59,12 @@ class DynamicLayerLR(pl.Callback):
             arXiv 1708.03888); "snr": layers with more signal than noise step more; "article": 1 + 0.5 (1 - exp(-0.1
             Var)) of the last gradient's elements, without averages, bounds and warm-up, to see that it does nothing.
             None: what helps and does no harm: for SGD "trust", where norm layers follow some layers, else nothing; for
-            other optimizers "variance" of the layers that no norm follows, and nothing of the others.
+            other optimizers "variance" of the layers that no norm follows, beside all others, which keep 1.
         alpha: strength of the rule, > 0. None: 1 for SGD, 0.5 for others, which normalise their step themselves.
         trust: strength of the weights' size, >= 0, for rule "trust" alone. None: 1.
-        bounds: smallest and largest multiplier, 0 < low <= 1 <= high. None: (0.4, 2.3), (0.1, 10) for rule "trust".
-            Layers of rule "trust" that follow "variance" stay within (0.4, 2.3).
+        bounds: smallest and largest multiplier, 0 < low <= 1 <= high. None: (0.4, 2.3), (0.02, 10) for rule "trust".
+            Layers that no norm follows, the head for one, may go down to 0.02 where others have a norm, and with rule
+            "trust" up to 2.3.
         reference: what has multiplier 1, for rule "trust": "mean", the mean over the layers at each reading, so that
             only the layers' shares change; "start", that mean as it was when all layers had a gradient first, at step
             `warmup` at the latest, so that the rate of all layers follows the size of weights over gradients, as in
@@ -169,8 +170,8 @@ class DynamicLayerLR(pl.Callback):
             trust, bounds = checked_rule(name, self.alpha, self.trust, self.bounds, self.reference)
             reference = self.reference or default_reference(optimizer, name)
             schedule = (self.every, self.ema, self.warmup)
-            spare = self.rule is None
-            rule = VarianceRule(alpha, bounds, *schedule, name, trust, self.fade, reference, self.vectors, spare)
+            spare, floor = self.rule is None, FLOOR if self.bounds is None else bounds[0]
+            rule = VarianceRule(alpha, bounds, *schedule, name, trust, self.fade, reference, self.vectors, spare, floor)
             vectors = partial(find_vectors, pl_module, include=self.include, exclude=self.exclude)
             self._scaled.append(ScaledSteps(optimizer, find, rule, shared, self.groups, vectors))
         self._resume()

@@ -90,7 +90,7 @@ def written_out(
                         x[key] = 0.5 * math.log(max(a, 1e-3 * e) / var)
                     case "article":
                         x[key] = 1 + 0.5 * (1 - math.exp(-0.1 * torch.cat(elements).var().item()))
-            low, high = (0.1, 10.0) if rule == "trust" else (0.4, 2.3)
+            low, high = (0.02, 10.0) if rule == "trust" else (0.4, 2.3)
             about, limits = dict.fromkeys(x, sum(x.values()) / len(x)), dict.fromkeys(x, (low, high))
             if reference == "start":
                 starts = starts or dict(x)
@@ -106,7 +106,8 @@ def written_out(
                     if key in free:
                         about[key] = sum(starts[other] for other in free) / len(free)
                     else:
-                        x[key], about[key], limits[key] = plain[key], sum(plain.values()) / len(x), (0.4, 2.3)
+                        x[key], about[key] = plain[key], sum(plain.values()) / len(x)
+                        limits[key] = (0.02 if free else 0.4), 2.3
                 kinds.add(len(free))
             raw = {
                 name: x[group(name)]
@@ -239,14 +240,15 @@ def test_the_default_leaves_layers_before_a_norm_alone_with_other_optimizers(gro
                     for name, row in shares.items()
                     if len(row) > 2 and sum(map(mul, ages, row)) / sum(ages) >= 0.003
                 }
+                free = {name for name, row in shares.items() if len(row) > 2} - counts
                 sums = {}
-                for name in counts:
+                for name in LAYERS:
                     row = sums.setdefault(group(name), [0.0, 0])
                     row[0], row[1] = row[0] + read[name][0], row[1] + read[name][1]
                 x = {key: -0.25 * math.log(e / n) for key, (e, n) in sums.items()}
                 for name in counts:
                     about = sum(x.values()) / len(x)
-                    used[name] = min(max(math.exp(x[group(name)] - about), 0.4), 2.3)
+                    used[name] = min(max(math.exp(x[group(name)] - about), 0.02 if free else 0.4), 2.3)
             expected.append(used)
             read = {}
             for name in LAYERS:
