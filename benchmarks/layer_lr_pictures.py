@@ -50,7 +50,8 @@ def curves(options: argparse.Namespace) -> None:
                 continue
             steps = [setting["steps"] * (point + 1) / len(curve) for point in range(len(curve))]
             axes.plot([0, *steps], [table["chance"], *curve], color=f"C{number}", label=method)
-        axes.set_title(f"{setting['network']}, {setting['optimizer']}, {setting['steps']:,} steps", fontsize=10)
+        warmup = f", warm-up {setting['warmup']}" if setting["warmup"] else ""
+        axes.set_title(f"{setting['network']}, {setting['optimizer']}, {setting['steps']:,} steps{warmup}", fontsize=10)
         axes.set_xlabel("optimizer step")
         axes.grid(alpha=0.2)
     panels[0].set_ylabel("validation accuracy, mean over the seeds")

@@ -5,7 +5,8 @@ one image, one thread, CPU time of this process alone; beside ours, torch-prunin
 comes to half (as it is, and with its `round_to=8`), and the masks that Lightning's ModelPruning sets
 (torch.nn.utils.prune, made permanent). On a GPU: training steps (bf16, channels_last),
 with `--graph` without the host's share, with `--compile` all networks compiled after pruning; ours with either `scope`
-and several `round_to`. All take turns; medians, and the median over the turns of the ratio to the unpruned network.
+and several `round_to`, and with `--early` in two calls: layers with large maps go first, until that share of all the
+work is left. All take turns; medians, and the median over the turns of the ratio to the unpruned network.
 
 `quality`: ResNet-18, SGD and cosine, always as many steps in all. `unpruned`; `progressive`: ProgressivePruning within
 the one fit; `one_shot_finetune`: 60% of the steps, then pruned at once, the rest with a second cosine; `scratch`: what
@@ -264,6 +265,7 @@ def main() -> None:
     timing.add_argument("--compile", action="store_true", help="training steps of networks that torch.compile took")
     timing.add_argument("--scopes", nargs="+", choices=("global", "layer"), default=["global", "layer"])
     timing.add_argument("--round-to", type=int, nargs="+", default=[8, 16, 32, 64], help="of training steps")
+    timing.add_argument("--early", type=float, nargs="*", default=[], help="of training steps")
     judging = commands.add_parser("quality")
     judging.add_argument("what", choices=tuple(SHAPES))
     judging.add_argument("--data-dir", default="data", help="folder of the files")

@@ -24,6 +24,14 @@ def ours(network: nn.Module, x: Tensor, **options: Any) -> None:
     apply_plan(network, prune_channels(network, x, 0.5, **options))
 
 
+def early_layers_first(network: nn.Module, x: Tensor, early: float, round_to: int) -> None:
+    """Prune the stem and the first two stages until so much of all the work is left, then the others to half."""
+    whole = count_macs(network, x)
+    for target, kept in ((early, ["layer3", "layer4"]), (0.5, ["conv1", "layer1", "layer2"])):
+        share = target * whole / count_macs(network, x)
+        apply_plan(network, prune_channels(network, x, share, scope="layer", round_to=round_to, exclude=kept))
+
+
 def torch_pruning_alone(network: Any, x: Tensor, round_to: int | None = None) -> None:
     import torch_pruning
 
@@ -98,6 +106,8 @@ def speed(options: argparse.Namespace) -> dict[str, Any]:
     if gpu:
         for scope, round_to in itertools.product(options.scopes, options.round_to):
             methods[f"ours_{scope}_{round_to}"] = partial(ours, scope=scope, round_to=round_to)
+        for early, round_to in itertools.product(options.early, options.round_to):
+            methods[f"early_{early:g}_{round_to}"] = partial(early_layers_first, early=early, round_to=round_to)
     else:
         methods["ours"] = ours
         methods["torch_pruning_round_to_8"] = lambda network, x: torch_pruning_alone(network, x, round_to=8)
