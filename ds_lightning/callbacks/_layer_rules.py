@@ -35,7 +35,7 @@ class VarianceRule:
 
     With `spare` all multipliers are 1 where the rule has nothing to offer. Reference "start": where no layer is known
     yet whose size changes nothing. Reference "mean": of each layer of which it is not known yet that its size counts.
-    `floor` bounds layers whose size counts from below, where others are known whose size changes nothing.
+    `floor` bounds layers whose size counts from below, where that of at least half of all layers changes nothing.
     """
 
     alpha: float
@@ -90,11 +90,12 @@ class VarianceRule:
             known = torch.isfinite(rows["gradient"]) & torch.isfinite(rows["sum"])
         acting, bounds = torch.ones_like(known), self.bounds
         free = statistics.scale_free()
+        mostly_free = 2 * int(free.sum()) >= len(free)
         if self.spare and self.reference == "start":
             acting = free.any().expand_as(known)
         elif self.spare:
             acting = known & statistics.scale_counts()
-            bounds = (self.floor if free.any() else bounds[0]), bounds[1]
+            bounds = (self.floor if mostly_free else bounds[0]), bounds[1]
 
         def added(values: Tensor) -> Tensor:
             values = torch.where(known, values, torch.zeros_like(values))
@@ -119,8 +120,7 @@ class VarianceRule:
                     bound = added((~free).double()) > 0  # a group, where any of its layers is
                     center = mean_exponent(torch.where(bound, torch.nan, start))
                     free_m = exponent_multipliers(x, self.bounds, self.ramp(step), center)
-                    # Without a norm anywhere it is the rule `variance`.
-                    low = self.floor if free.any() else max(self.bounds[0], _BOUNDS[0])
+                    low = self.floor if mostly_free else max(self.bounds[0], _BOUNDS[0])
                     bounds = low, min(self.bounds[1], _BOUNDS[1])
                     bound_m = variance_multipliers(a, e, size, self.alpha, bounds, self.ramp(step))
                     m = torch.where(bound, bound_m, free_m)

@@ -63,8 +63,8 @@ class DynamicLayerLR(pl.Callback):
         alpha: strength of the rule, > 0. None: 1 for SGD, 0.5 for others, which normalise their step themselves.
         trust: strength of the weights' size, >= 0, for rule "trust" alone. None: 1.
         bounds: smallest and largest multiplier, 0 < low <= 1 <= high. None: (0.4, 2.3), (0.02, 10) for rule "trust".
-            Layers that no norm follows, the head for one, may go down to 0.02 where others have a norm, and with rule
-            "trust" up to 2.3.
+            Layers that no norm follows, the head for one, may go down to 0.02 where half of all layers have a norm, and
+            with rule "trust" up to 2.3.
         reference: what has multiplier 1, for rule "trust": "mean", the mean over the layers at each reading, so that
             only the layers' shares change; "start", that mean as it was when all layers had a gradient first, at step
             `warmup` at the latest, so that the rate of all layers follows the size of weights over gradients, as in

@@ -9,7 +9,7 @@ import pytest
 import torch
 from layer_lr_cases import LAYERS, ONE_CYCLE, RULE, Recorder, User, images, rates_of, trainer_of
 from test_layer_lr import Memory
-from torch.optim import SGD, RMSprop
+from torch.optim import SGD, AdamW, RMSprop
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR
 
 from ds_lightning.callbacks import DynamicLayerLR
@@ -107,7 +107,8 @@ def written_out(
                         about[key] = sum(starts[other] for other in free) / len(free)
                     else:
                         x[key], about[key] = plain[key], sum(plain.values()) / len(x)
-                        limits[key] = (0.02 if free else 0.4), 2.3
+                        without = [name for name in LAYERS if len(weights) > 2 and mean[name] < 0.003]
+                        limits[key] = (0.02 if 2 * len(without) >= len(LAYERS) else 0.4), 2.3
                 kinds.add(len(free))
             raw = {
                 name: x[group(name)]
@@ -222,6 +223,25 @@ def test_where_the_size_of_weights_counts_the_rule_is_variance(norm):
         assert any(abs(a["net.0"] - b["net.0"]) > 0.05 for a, b in zip(plain, weighed, strict=True))
 
 
+@pytest.mark.parametrize("make", [partial(SGD, lr=1e-3, momentum=0.9), partial(AdamW, lr=1e-3)])
+@pytest.mark.parametrize("norms", [1, 2])
+def test_a_noisy_head_may_go_below_the_usual_bound_where_most_layers_have_a_norm(make, norms):
+    class NoisyHead(User):
+        def __init__(self):
+            super().__init__(make)
+            if norms == 2:  # without a bias the size of net.4 is hidden
+                self.net[4] = torch.nn.Linear(144, 8, bias=False)
+            self.net[6].register_forward_hook(lambda module, args, out: 30 * out)
+
+    recorder = Recorder()
+    trainer_of(DynamicLayerLR(alpha=1.0, **AT_ONCE), recorder).fit(NoisyHead(), images())
+    head = min(used["net.7"] for used in recorder.multipliers)
+    if norms == 2:
+        assert 0.02 <= head < 0.35
+    else:
+        assert head == pytest.approx(0.4)
+
+
 @pytest.mark.parametrize("group", [str, first_apart])
 def test_the_default_leaves_layers_before_a_norm_alone_with_other_optimizers(group):
     """Against the variances and the directions of the gradients, written out; net.0 stands before a BatchNorm."""
@@ -248,7 +268,7 @@ def test_the_default_leaves_layers_before_a_norm_alone_with_other_optimizers(gro
                 x = {key: -0.25 * math.log(e / n) for key, (e, n) in sums.items()}
                 for name in counts:
                     about = sum(x.values()) / len(x)
-                    used[name] = min(max(math.exp(x[group(name)] - about), 0.02 if free else 0.4), 2.3)
+                    used[name] = min(max(math.exp(x[group(name)] - about), 0.02 if 2 * len(free) >= 3 else 0.4), 2.3)
             expected.append(used)
             read = {}
             for name in LAYERS:
