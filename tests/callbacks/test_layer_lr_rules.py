@@ -231,6 +231,8 @@ def test_a_noisy_head_may_go_below_the_usual_bound_where_most_layers_have_a_norm
             super().__init__(make)
             if norms == 2:  # without a bias the size of net.4 is hidden
                 self.net[4] = torch.nn.Linear(144, 8, bias=False)
+            else:
+                self.net[5] = torch.nn.Identity()
             self.net[6].register_forward_hook(lambda module, args, out: 30 * out)
 
     recorder = Recorder()
