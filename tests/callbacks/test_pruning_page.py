@@ -31,6 +31,7 @@ def test_the_code_of_the_page_runs(tmp_path, monkeypatch):
     for network in (names["module"].net, names["again"].net, names["network"]):
         assert count_macs(network, images) / whole == pytest.approx(0.49, abs=0.02)
     assert names["macs"] == count_macs(names["network"], images)
+    assert count_macs(names["resnet50"], names["photo"]) == pytest.approx(names["half"], rel=0.01)
     weights = names["again"].state_dict()
     assert all(torch.equal(value, weights[name]) for name, value in names["module"].state_dict().items())
     torch.testing.assert_close(names["program"].module()(names["image"]), names["module"].net(names["image"]))
