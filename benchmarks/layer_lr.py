@@ -52,12 +52,10 @@ SHORT = ("baseline", "default", "variance", "variance_fade", "trust", "trust_fad
 RESNET50 = Run("", "resnet50", "cifar10", "sgd", steps=400, batch_size=128, size=64)
 RESNET18 = Run("", "resnet18", "cifar10", "sgd", steps=600, batch_size=128, size=32)
 SMALL = Run("", "resnet8", "mnist5k", "sgd", steps=150, batch_size=32, size=28)
-RESNET50_NARROW = Run("", "resnet50_narrow", "cifar10", "sgd", steps=200, batch_size=64, size=32)
 SETTINGS: dict[str, tuple[Run, tuple[str, ...]]] = {
     "resnet50_sgd": (RESNET50, ALL),
     "resnet50_adamw": (replace(RESNET50, optimizer="adamw"), ALL),
-    "resnet50_narrow_sgd": (RESNET50_NARROW, SHORT),
-    "resnet50_narrow_adamw": (replace(RESNET50_NARROW, optimizer="adamw"), SHORT),
+    "resnet50_narrow_sgd": (Run("", "resnet50_narrow", "cifar10", "sgd", steps=200, batch_size=64, size=32), SHORT),
     "vit_adamw": (replace(RESNET18, network="vit", optimizer="adamw"), ALL),
     "resnet18_sgd": (RESNET18, SHORT),
     "resnet18_adamw": (replace(RESNET18, optimizer="adamw"), SHORT),

@@ -45,7 +45,7 @@ from ds_lightning.networks.channel_importance import IMPORTANCES
 METHODS = ("progressive", "one_shot_finetune", "scratch")
 FINETUNE_SHARES = (0.1, 0.3, 1.0)
 BEFORE_ONE_SHOT = 0.6
-PROGRESSIVE = ("end", "schedule", "importance", "sparsity", "round_to")
+ONE_FOR_ALL = ("schedule", "importance", "sparsity", "round_to")
 SHAPES = {"mnist5k": (1, 28, 28), "fashion": (1, 28, 28), "cifar10": (3, 32, 32)}
 
 
@@ -120,7 +120,7 @@ def train(run: Run) -> dict[str, Any]:
     elif run.method == "scratch":
         apply_plan(network, PruningPlan.from_json(run.plan))
         draw_anew(network)
-    settings: dict[str, Any] = {name: getattr(run, name) for name in PROGRESSIVE}
+    settings: dict[str, Any] = {name: getattr(run, name) for name in ("end", *ONE_FOR_ALL)}
     if run.method == "one_shot_finetune":  # after the first step, whose gradients `taylor` needs
         settings |= {"schedule": "one-shot", "start": 1, "sparsity": 0.0}
     removes = run.method in ("progressive", "one_shot_finetune")
@@ -176,7 +176,7 @@ def quality(options: argparse.Namespace) -> dict[str, Any]:
         training_processes(options.jobs, options.device) as pool,
     ):
         prepare(options.what, options.data_dir, Path(folder))
-        given = ("steps", "batch_size", "width", "device", "schedule", "importance", "sparsity", "round_to")
+        given = ("steps", "batch_size", "width", "device", *ONE_FOR_ALL)
         base = Run(options.what, folder, **{name: getattr(options, name) for name in given})
         tried = {lr: pool.submit(train, replace(base, lr=lr)) for lr in options.rates}
         lr, tuning = best(tried)

@@ -101,14 +101,14 @@ def written_out(
                 free = {group(name) for name in LAYERS if len(weights) > 2} - {
                     group(name) for name in LAYERS if mean[name] >= 0.003
                 }
+                hidden = sum(len(weights) > 2 and mean[name] < 0.003 for name in LAYERS)
                 plain = {key: x[key] - 0.5 * math.log(row[2] / row[3]) for key, row in sums.items()}
                 for key in x:
                     if key in free:
                         about[key] = sum(starts[other] for other in free) / len(free)
                     else:
                         x[key], about[key] = plain[key], sum(plain.values()) / len(x)
-                        without = [name for name in LAYERS if len(weights) > 2 and mean[name] < 0.003]
-                        limits[key] = (0.02 if 2 * len(without) >= len(LAYERS) else 0.4), 2.3
+                        limits[key] = (0.02 if 2 * hidden >= len(LAYERS) else 0.4), 2.3
                 kinds.add(len(free))
             raw = {
                 name: x[group(name)]
