@@ -85,10 +85,11 @@ class StubServer:
 
 
 def rows_in(file: Path) -> list[dict[str, Any]]:
-    """Read the rows that a server process has kept; a batch is one line, whole or not at all."""
+    """Read the rows that a server process has kept; a batch is one line, which counts once it is whole."""
     if not file.exists():
         return []
-    return [row for line in file.read_text().splitlines() for row in json.loads(line)]
+    *whole, _ = file.read_text().split("\n")  # the last is empty, or being written
+    return [row for line in whole for row in json.loads(line)]
 
 
 if __name__ == "__main__":
