@@ -15,9 +15,9 @@ baseline: a figure with either above 0 is a bound. `of_mean_curve` is the same o
 of the layers at half-time and at the end, means over the seeds; `conv_to_head` is the convolutions' median over the
 last layer's.
 
-`slow_head` is the baseline with 1/25 of its rate for the last layer. Peers are timm's: LARS, LAMB, NovoGrad, Muon
-(convolutions flattened, AdamW for the rest) and layer decay of 0.75. A method `NAME={"rule": "variance", "alpha": 0.7}`
-is DynamicLayerLR with these arguments.
+`slow_head` is the baseline with 1/25 of its rate for the last layer, `slow_head_default` DynamicLayerLR on the layers
+before it as well. Peers are timm's: LARS, LAMB, NovoGrad, Muon (convolutions flattened, AdamW for the rest) and layer
+decay of 0.75. A method `NAME={"rule": "variance", "alpha": 0.7}` is DynamicLayerLR with these arguments.
 
 `finetune` starts from a network that is trained here on half of the classes, and trains on the others. `small` needs
 no file; the others need `--data-dir` with cifar10_jpeg.npz or sst2_{train,dev,test}.txt.

@@ -38,7 +38,7 @@ PEERS: dict[str, dict[str, Any]] = {
 }
 # Two rates by hand, about as far apart as those that rule `trust` comes to with SGD.
 SLOW_HEAD = 1 / 25
-METHODS = ("baseline", "slow_head", *RULES, *PEERS)
+METHODS = ("baseline", "slow_head", "slow_head_default", *RULES, *PEERS)
 WEIGHT_DECAY = {"sgd": 5e-4, "adamw": 0.05}
 
 
@@ -157,7 +157,7 @@ def optimizer_of(network: nn.Module, run: Run) -> torch.optim.Optimizer:
     decay = WEIGHT_DECAY[run.optimizer]
     if run.method not in PEERS:
         groups: list[dict[str, Any]] = [{"params": list(network.parameters())}]
-        if run.method == "slow_head":
+        if run.method.startswith("slow_head"):
             head = list(network.get_submodule(head_of(network)).parameters())
             rest = [p for p in network.parameters() if all(p is not mine for mine in head)]
             groups = [{"params": rest}, {"params": head, "lr": run.lr * SLOW_HEAD}]
@@ -181,12 +181,14 @@ def optimizer_of(network: nn.Module, run: Run) -> torch.optim.Optimizer:
     return optimizer
 
 
-def callback_of(method: str) -> Any:
+def callback_of(method: str, head: str) -> Any:
     """Return the callback of a method, or None."""
     if method in ("baseline", "slow_head") or method in PEERS:
         return None
     from ds_lightning.callbacks import DynamicLayerLR
 
+    if method == "slow_head_default":
+        return DynamicLayerLR(exclude=[f"network.{head}.*"])
     _, given, options = method.partition("=")
     return DynamicLayerLR(**(json.loads(options) if given else RULES[method]))
 
@@ -217,7 +219,7 @@ def train(run: Run, logger: Any = False) -> dict[str, Any] | None:
     if run.initial:
         start_from(network, run.initial)
     steps = sorted({max(1, round(run.steps * point / run.points)) for point in range(1, run.points + 1)})
-    layers = callback_of(run.method)
+    layers = callback_of(run.method, head_of(network))
     curve = Curve(steps, layers)
     module = Plain(network, data, run)
     quiet = dict.fromkeys(("enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)

@@ -5,7 +5,7 @@ import copy
 import itertools
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -24,12 +24,20 @@ def ours(network: nn.Module, x: Tensor, **options: Any) -> None:
     apply_plan(network, prune_channels(network, x, 0.5, **options))
 
 
-def early_layers_first(network: nn.Module, x: Tensor, early: float, round_to: int) -> None:
-    """Prune the stem and the first two stages until so much of all the work is left, then the others to half."""
+def early_layers_first(
+    network: nn.Module,
+    x: Tensor,
+    early: float,
+    round_to: int,
+    target: float = 0.5,
+    front: Sequence[str] = ("conv1", "layer1", "layer2"),
+    rest: Sequence[str] = ("layer3", "layer4"),
+) -> None:
+    """Prune the front until so much of all the work is left, then the rest to the target."""
     whole = count_macs(network, x)
-    for target, kept in ((early, ["layer3", "layer4"]), (0.5, ["conv1", "layer1", "layer2"])):
-        share = target * whole / count_macs(network, x)
-        apply_plan(network, prune_channels(network, x, share, scope="layer", round_to=round_to, exclude=kept))
+    for wanted, kept in ((early, rest), (target, front)):
+        share = wanted * whole / count_macs(network, x)
+        apply_plan(network, prune_channels(network, x, share, scope="layer", round_to=round_to, exclude=list(kept)))
 
 
 def torch_pruning_alone(network: Any, x: Tensor, round_to: int | None = None) -> None:
