@@ -27,6 +27,7 @@ RULES = ("variance", "trust", "snr", "article")
 _BOUNDS = (0.4, 2.3)
 FLOOR = 0.02  # a head behind layers with norms wants a fraction of their rate
 _TRUST_BOUNDS = (FLOOR, 10.0)
+_LONGEST_HOLD = 10  # where gradients stay away or are not finite, so that no layer becomes known
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,8 @@ class VarianceRule:
 
     With `spare` all multipliers are 1 where the rule has nothing to offer. Reference "start": where no layer is known
     yet whose size changes nothing. Reference "mean": of each layer of which it is not known yet that its size counts.
-    `floor` bounds layers whose size counts from below, where that of at least half of all layers changes nothing.
+    `floor` bounds layers whose size counts from below, where that of at least half of all layers changes nothing; there
+    these begin at it, and come to what the rule gives them until step `warmup`.
     """
 
     alpha: float
@@ -54,20 +56,36 @@ class VarianceRule:
     @property
     def first_change(self) -> int:
         """The optimizer step after which multipliers may differ from 1 for the first time."""
-        return self.every if self.name == "article" else (3 if self.spare else 2) * self.every
+        return 1 if self.name == "article" else 3 if self.spare else 2
+
+    @property
+    def tells_layers_apart(self) -> bool:
+        """Whether the rule finds out which layers have a size that counts."""
+        return self.spare or (self.name == "trust" and self.reference == "start")
 
     @property
     def extra_rows(self) -> tuple[str, ...]:
         """What the rule reads beside the norms of gradients and momenta."""
-        if self.spare or (self.name == "trust" and self.reference == "start"):
+        if self.tells_layers_apart:
             return "weight", "inner"
         return {"trust": ("weight",), "article": ("sum",)}.get(self.name, ())
 
+    def interval(self, step: int) -> int:
+        """Return how many steps after one at `step` the next reading is: the first steps change the most."""
+        return min(self.every, max(1, step // 4))
+
     def ramp(self, step: int) -> float:
         """Return 0 before the first reading counts, 1 from step `warmup` on, linear between."""
-        if step < self.every:
+        if step < 1:
             return 0.0
-        return 1.0 if step >= self.warmup else (step - self.every) / (self.warmup - self.every)
+        return 1.0 if step >= self.warmup else (step - 1) / (self.warmup - 1)
+
+    def holds(self, statistics: LayerStatistics, step: int) -> bool:
+        """Tell whether layers wait until it is known which of them have a size that counts.
+
+        A head that takes its first steps at the full rate loses more by them than some steps of all layers are worth.
+        """
+        return self.tells_layers_apart and step < _LONGEST_HOLD and not bool(statistics.known().any())
 
     def multipliers(
         self, statistics: LayerStatistics, rows: dict[str, Tensor], numel: Tensor, group: Sequence[int], step: int
@@ -119,15 +137,27 @@ class VarianceRule:
                     start = x.new_full((count,), torch.nan).index_copy_(0, index, statistics.start)
                     bound = added((~free).double()) > 0  # a group, where any of its layers is
                     center = mean_exponent(torch.where(bound, torch.nan, start))
-                    free_m = exponent_multipliers(x, self.bounds, self.ramp(step), center)
+                    # No ramp: this begins at 1 by itself.
+                    free_m = exponent_multipliers(x, self.bounds, 1.0, center)
                     low = self.floor if mostly_free else max(self.bounds[0], _BOUNDS[0])
                     bounds = low, min(self.bounds[1], _BOUNDS[1])
-                    bound_m = variance_multipliers(a, e, size, self.alpha, bounds, self.ramp(step))
+                    bound_m = self._of_bound_layers(a, e, size, bounds, step, mostly_free)
                     m = torch.where(bound, bound_m, free_m)
+            case "variance" if self.spare:
+                m = self._of_bound_layers(a, e, size, bounds, step, mostly_free)
             case "variance":
                 m = variance_multipliers(a, e, size, self.alpha, bounds, self.ramp(step))
         found: list[float] = torch.where(acting, m[index], 1.0).tolist()
         return found
+
+    def _of_bound_layers(
+        self, a: Tensor, e: Tensor, size: Tensor, bounds: tuple[float, float], step: int, from_floor: bool
+    ) -> Tensor:
+        if not from_floor:
+            return variance_multipliers(a, e, size, self.alpha, bounds, self.ramp(step))
+        ramp = self.ramp(step)
+        x = variance_multipliers(a, e, size, self.alpha, bounds, 1.0).log()
+        return torch.exp(ramp * x + (1 - ramp) * math.log(self.floor))
 
 
 def checked_rule(

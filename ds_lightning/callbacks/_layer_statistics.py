@@ -111,13 +111,17 @@ class LayerStatistics:
         share = radial_share(rows["inner"], rows["weight"] ** 2, rows["gradient"] ** 2, numel)
         self.radial = torch.stack(ema_update(self.radial[0], self.radial[1], share, _RADIAL_DECAY))
 
+    def known(self) -> Tensor:
+        """Tell of each layer whether there were three readings of its radial share, (L,)."""
+        return self.radial[1] > _RADIAL_WEIGHT
+
     def scale_free(self) -> Tensor:
         """Tell of each layer whether the size of its weights changes nothing, (L,); not before three readings."""
-        return (self.radial[1] > _RADIAL_WEIGHT) & (self.radial[0] < SCALE_FREE)
+        return self.known() & (self.radial[0] < SCALE_FREE)
 
     def scale_counts(self) -> Tensor:
         """Tell of each layer whether the loss changes with the size of its weights, (L,); not before three readings."""
-        return (self.radial[1] > _RADIAL_WEIGHT) & (self.radial[0] >= SCALE_FREE)
+        return self.known() & (self.radial[0] >= SCALE_FREE)
 
     def state_dict(self) -> dict[str, Any]:
         return {

@@ -50,6 +50,8 @@ class ScaledSteps:
         self.optimizer = optimizer
         self.rule = rule
         self.steps = 0
+        self._read, self._next = 0, 0  # the steps of the last reading and of the next
+        self._held = False
         self.smallest, self.largest = 1.0, 1.0  # over the whole fit
         self.readings, self.changed = 0, 0  # how many counted, and after how many a multiplier differed from 1
         self.history = LayerHistory()
@@ -76,6 +78,9 @@ class ScaledSteps:
         self._buffers: list[Tensor] = []
         self._snapshot: tuple[Tensor, ...] | list[Tensor] | None = None
         self._find_layers(self._parameters())
+        # Without any scale or shift there is no norm layer, and the rule scales nothing.
+        if rule.holds(self.statistics, 0) and find_vectors is not None and find_vectors(self._stepped):
+            self._hold(True)
         self._handles = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
@@ -139,19 +144,21 @@ class ScaledSteps:
         stepped = self._parameters()
         if len(stepped) != len(self._stepped) or not all(map(is_, stepped, self._stepped)):
             self._find_layers(stepped)
-        if self.layers and self.steps % self.rule.every == 0:
-            self._update_multipliers()
-            self._leave_sparse_layers()
-        if self.layers and self.steps % self.rule.every == 0:
-            extra = self.rule.extra_rows
-            self._reading = read_norms(self.optimizer, self.layers, self.statistics, self._broadcast, extra)
+        if self.steps >= self._next:
+            if self.layers:
+                self._update_multipliers()
+                self._leave_sparse_layers()
+            if self.layers:  # a sparse layer may have been the last
+                extra = self.rule.extra_rows
+                self._reading = read_norms(self.optimizer, self.layers, self.statistics, self._broadcast, extra)
+            self._read, self._next = self.steps, self.steps + self.rule.interval(self.steps)
         for i, layer in enumerate(self.layers):
             if layer.weight.grad is not None:
                 self.statistics.seen[i] += 1
         self.steps += 1
         if self.rule.fade and self._fade.follow([group["lr"] for group in self.optimizer.param_groups]):
             self._set_factors()
-        if not self._noted:
+        if not self._noted and not self._held:
             self.smallest, self.largest = min(self.smallest, *self._used, 1.0), max(self.largest, *self._used, 1.0)
             self._noted = True
         if self.layers and (self.steps - 1) % self.rule.every == 0:
@@ -207,13 +214,17 @@ class ScaledSteps:
         if self._reading is None:
             return
         reading, self._reading = self._reading, None
-        fresh = self.statistics.add(reading, self.rule.ema**self.rule.every)
+        fresh = self.statistics.add(reading, self.rule.ema ** (self.steps - self._read))
         rows = reading.by_row(self.statistics.names)
         if not set(self.rule.extra_rows) <= set(rows):
             return  # a reading from the checkpoint of another rule
         numel = torch.tensor([layer.weight.numel() for layer in self.layers], dtype=torch.float64)
         if "inner" in self.rule.extra_rows:
             self.statistics.add_radial(rows, numel)
+        if self._held:
+            self._hold(self.rule.holds(self.statistics, self.steps))
+            if self._held:
+                return
         wanted = self.rule.multipliers(self.statistics, rows, numel, self.groups, self.steps)
         # A group without a gradient in that step keeps its multiplier until it trains again.
         trained = {group for group, ok in zip(self.groups, fresh, strict=True) if ok}
@@ -224,6 +235,12 @@ class ScaledSteps:
         self._use_multipliers()
         self.readings += 1
         self.changed += any(abs(m - 1) > _UNCHANGED for m in self._used)
+
+    def _hold(self, held: bool) -> None:
+        """Let all layers wait at the lowest multiplier, or no longer."""
+        self._held = held
+        self.statistics.multipliers = [self.rule.floor if held else 1.0] * len(self.layers)
+        self._use_multipliers()
 
     def _use_multipliers(self) -> None:
         before, self._scaled = self._scaled, []
@@ -259,6 +276,8 @@ class ScaledSteps:
     def state_dict(self) -> dict[str, Any]:
         return {
             "steps": self.steps,
+            "read": [self._read, self._next],
+            "held": self._held,
             "range": [self.smallest, self.largest],
             "readings": [self.readings, self.changed],
             "fade": self._fade.state_dict(),
@@ -270,7 +289,10 @@ class ScaledSteps:
 
     def load_state_dict(self, state: dict[str, Any]) -> tuple[int, int]:
         """Go on from a state, layers matched by name; return how many layers are new and how many are gone."""
-        self.steps = state["steps"]
+        self.steps, self._held = state["steps"], state.get("held", False)
+        every = self.rule.every
+        last = max(0, self.steps - 1) // every * every  # of a checkpoint from when readings were equally far apart
+        self._read, self._next = state.get("read", (last, last + every if self.steps else 0))
         # An older checkpoint has "largest_change" alone.
         self.smallest, self.largest = state.get("range") or (1.0, 1.0 + state["largest_change"])
         self.readings, self.changed = state.get("readings", (0, 0))

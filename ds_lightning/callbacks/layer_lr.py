@@ -28,13 +28,16 @@ class DynamicLayerLR(pl.Callback):
     """Multiply each layer's learning rate by a factor that follows from the variance of its gradient.
 
     **When it acts.** Around every `optimizer.step`, through the optimizer's own step hooks: after unscaling,
-    accumulation and clipping, in automatic and manual optimization, for each optimizer by itself. Every `every` steps
-    it reads the gradients' norms; they count one period later, so that nothing waits for the device.
+    accumulation and clipping, in automatic and manual optimization, for each optimizer by itself. It reads the
+    gradients' norms in each of the first steps, later every `every` steps; they count at the next reading, so that
+    nothing waits for the device.
 
     **What it changes.** The step of each layer (a weight with two or more dimensions, and its bias) is multiplied, as
     if its parameter group had the rate `scheduler's rate * multiplier`, decoupled weight decay included. Parameter
-    groups, schedulers and optimizer checkpoints stay as they are. Every layer has multiplier 1 at first: the rule
-    fades in from step `every` to step `warmup`. Norm layers and other vectors have the multiplier `vectors`.
+    groups, schedulers and optimizer checkpoints stay as they are. Norm layers and other vectors have the multiplier
+    `vectors`. A rule that is named begins at 1 and has its full strength at step `warmup`. With the default, and with
+    "trust" and the reference "start", all layers of a network with norm layers wait at the lower bound for three steps,
+    until it is known whose size counts; a head behind norm layers then comes from there up to step `warmup`.
 
     **What it logs.** `layer_lr/<layer>`, the multiplier, and `layer_lr_variance/<layer>`, the gradient's variance
     averaged over the weights, every `log_every_n_steps`; a picture of all multipliers over the steps on loggers with
@@ -71,8 +74,8 @@ class DynamicLayerLR(pl.Callback):
             LARS; where the size of a layer's weights changes the loss, as without a norm layer behind it, that layer
             follows "variance". None: "start" for SGD, else "mean".
         vectors: multiplier of all norm layers' scales and shifts, and of biases that belong to no layer, > 0.
-        every: optimizer steps between two readings, >= 1.
-        ema: decay of the averages for each optimizer step, in [0, 1); a reading weighs `1 - ema ** every`.
+        every: optimizer steps between two readings, >= 1; in the first steps they are a quarter of the steps so far.
+        ema: decay of the averages for each optimizer step, in [0, 1).
         warmup: optimizer step at which the rule has its full strength, >= 0.
         groups: which layers of one optimizer share a multiplier. "layer": none; "block": those in the same numbered
             module, such as `layer1.0`; or a function from a layer's name to its group's name.
@@ -99,7 +102,7 @@ class DynamicLayerLR(pl.Callback):
         vectors: float = 1.0,
         every: int = 10,
         ema: float = 0.95,
-        warmup: int = 50,
+        warmup: int = 40,
         groups: Literal["layer", "block"] | Callable[[str], str] = "layer",
         fade: bool = False,
         include: list[str] | None = None,

@@ -74,6 +74,24 @@ def test_a_checkpoint_from_before_rules_goes_on(tmp_path):
         other.fit(User(), images(), ckpt_path=tmp_path / "old.ckpt")
 
 
+def test_a_checkpoint_from_when_readings_were_equally_far_apart_goes_on(tmp_path):
+    half = trainer_of(DynamicLayerLR(**RULE), epochs=3)
+    half.fit(User(), images())
+    half.save_checkpoint(tmp_path / "half.ckpt")
+    checkpoint = torch.load(tmp_path / "half.ckpt", weights_only=True)
+    (state,) = checkpoint["callbacks"]["DynamicLayerLR"]["optimizers"]
+    del state["read"], state["held"]
+    torch.save(checkpoint, tmp_path / "old.ckpt")
+
+    class Read(pl.Callback):
+        def on_train_batch_end(self, trainer, *_):
+            read.append(trainer.callbacks[0].state_dict()["optimizers"][0]["read"])
+
+    read: list[list[int]] = []
+    trainer_of(DynamicLayerLR(**RULE), Read(), epochs=4).fit(User(), images(), ckpt_path=tmp_path / "old.ckpt")
+    assert read == [[16, 20]] * 2 + [[20, 24]] * 4
+
+
 class RestoresLate(SingleDeviceStrategy):
     """Hands callbacks their state after `on_fit_start`, as ModelParallelStrategy does."""
 
@@ -97,13 +115,13 @@ def test_a_strategy_that_restores_after_setup_resumes_bit_equal(tmp_path):
 
 
 def test_resume_with_other_layers_matches_by_name(tmp_path):
-    trainer = trainer_of(DynamicLayerLR(**RULE, exclude=["net.0.*"]), epochs=3)
+    trainer = trainer_of(DynamicLayerLR(**RULE, exclude=["net.0.*"]), epochs=4)  # nothing is read at step 24
     trainer.fit(User(), images())
     trainer.save_checkpoint(tmp_path / "a.ckpt")
     before = trainer.callbacks[0].state_dict()["optimizers"][0]["layers"]
     recorder = Recorder()
     with pytest.warns(UserWarning, match="1 new, which start at multiplier 1, and 1 gone"):
-        trainer_of(DynamicLayerLR(**RULE, exclude=["net.7.*"]), recorder, epochs=4).fit(
+        trainer_of(DynamicLayerLR(**RULE, exclude=["net.7.*"]), recorder, epochs=5).fit(
             User(), images(), ckpt_path=tmp_path / "a.ckpt"
         )
     assert recorder.multipliers[0]["net.0"] == 1.0

@@ -1,0 +1,56 @@
+from functools import partial
+
+import pytest
+import torch
+from layer_lr_cases import LAYERS, SGD_MOMENTUM, Recorder, User, images, trainer_of
+from torch.optim import AdamW
+
+from ds_lightning.callbacks import DynamicLayerLR
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*(GPU available|does not have many workers|`LeafSpec`|litlogger|num_workers|log_every_n_steps).*",
+    "ignore::ds_lightning.errors.NoEffectWarning",
+)
+
+
+def fit_of(module, steps, **options):
+    recorder = Recorder()
+    trainer_of(DynamicLayerLR(**options), recorder, max_steps=steps).fit(module, images())
+    return recorder.multipliers
+
+
+class Hidden(User):
+    """A head behind two layers whose size is hidden."""
+
+    def __init__(self, make=SGD_MOMENTUM):
+        super().__init__(make)
+        self.net[4] = torch.nn.Linear(144, 8, bias=False)
+
+
+@pytest.mark.parametrize("make", [SGD_MOMENTUM, partial(AdamW, lr=1e-3)])
+def test_a_head_comes_from_the_lowest_multiplier(make):
+    slow, at_once = (fit_of(Hidden(make), 24, warmup=warmup) for warmup in (21, 0))
+    for used in (slow, at_once):
+        assert used[:3] == [dict.fromkeys(LAYERS, 0.02)] * 3
+        assert min(used[3]["net.0"], used[3]["net.4"]) > 0.3
+    assert at_once[3]["net.7"] > 0.1
+    heads = [used["net.7"] for used in slow]
+    # Half of the way in logarithms at step 11; the networks differ by then, so about.
+    assert heads[3] == pytest.approx(0.02 * (at_once[3]["net.7"] / 0.02) ** (2 / 20), rel=1e-3)
+    assert 0.02 < heads[4] < heads[8] < heads[12] < heads[22]
+    assert heads[22] > 0.1
+
+
+def test_the_hold_ends_without_gradients():
+    class Unused(Hidden):
+        def loss(self, batch):
+            return 0.0 * super().loss(batch)
+
+    used = fit_of(Unused(), 24)
+    assert used[:10] == [dict.fromkeys(LAYERS, 0.02)] * 10
+    assert used[10:] == [dict.fromkeys(LAYERS, 1.0)] * 14
+
+
+@pytest.mark.parametrize("rule", ["variance", "snr"])
+def test_a_rule_that_is_named_starts_from_one(rule):
+    assert fit_of(Hidden(), 2, rule=rule) == [dict.fromkeys(LAYERS, 1.0)] * 2
