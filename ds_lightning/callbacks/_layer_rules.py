@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -36,8 +36,8 @@ class VarianceRule:
 
     With `spare` all multipliers are 1 where the rule has nothing to offer. Reference "start": where no layer is known
     yet whose size changes nothing. Reference "mean": of each layer of which it is not known yet that its size counts.
-    `floor` bounds layers whose size counts from below, where that of at least half of all layers changes nothing; there
-    these begin at it, and come to what the rule gives them until step `warmup`.
+    `floor` bounds layers whose size counts from below, where that of at least half of all layers changes nothing; with
+    `slow_start` these begin at it there, and come to what the rule gives them until step `warmup`.
     """
 
     alpha: float
@@ -52,11 +52,13 @@ class VarianceRule:
     vectors: float = 1.0
     spare: bool = False
     floor: float = FLOOR
+    slow_start: bool = False
 
     @property
     def first_change(self) -> int:
         """The optimizer step after which multipliers may differ from 1 for the first time."""
-        return 1 if self.name == "article" else 3 if self.spare else 2
+        periods = 1 if self.name == "article" else 3 if self.spare else 2
+        return periods * self.interval(0)
 
     @property
     def tells_layers_apart(self) -> bool:
@@ -71,21 +73,22 @@ class VarianceRule:
         return {"trust": ("weight",), "article": ("sum",)}.get(self.name, ())
 
     def interval(self, step: int) -> int:
-        """Return how many steps after one at `step` the next reading is: the first steps change the most."""
-        return min(self.every, max(1, step // 4))
+        """Return how many steps after one at `step` the next reading is; a slow start reads in each step at first."""
+        return min(self.every, max(1, step // 4)) if self.slow_start else self.every
 
     def ramp(self, step: int) -> float:
         """Return 0 before the first reading counts, 1 from step `warmup` on, linear between."""
-        if step < 1:
+        first = self.interval(0)
+        if step < first:
             return 0.0
-        return 1.0 if step >= self.warmup else (step - 1) / (self.warmup - 1)
+        return 1.0 if step >= self.warmup else (step - first) / (self.warmup - first)
 
     def holds(self, statistics: LayerStatistics, step: int) -> bool:
         """Tell whether layers wait until it is known which of them have a size that counts.
 
         A head that takes its first steps at the full rate loses more by them than some steps of all layers are worth.
         """
-        return self.tells_layers_apart and step < _LONGEST_HOLD and not bool(statistics.known().any())
+        return self.slow_start and step < _LONGEST_HOLD and not bool(statistics.known().any())
 
     def multipliers(
         self, statistics: LayerStatistics, rows: dict[str, Tensor], numel: Tensor, group: Sequence[int], step: int
@@ -137,8 +140,8 @@ class VarianceRule:
                     start = x.new_full((count,), torch.nan).index_copy_(0, index, statistics.start)
                     bound = added((~free).double()) > 0  # a group, where any of its layers is
                     center = mean_exponent(torch.where(bound, torch.nan, start))
-                    # No ramp: this begins at 1 by itself.
-                    free_m = exponent_multipliers(x, self.bounds, 1.0, center)
+                    # This begins at 1 by itself.
+                    free_m = exponent_multipliers(x, self.bounds, 1.0 if self.slow_start else self.ramp(step), center)
                     low = self.floor if mostly_free else max(self.bounds[0], _BOUNDS[0])
                     bounds = low, min(self.bounds[1], _BOUNDS[1])
                     bound_m = self._of_bound_layers(a, e, size, bounds, step, mostly_free)
@@ -151,13 +154,28 @@ class VarianceRule:
         return found
 
     def _of_bound_layers(
-        self, a: Tensor, e: Tensor, size: Tensor, bounds: tuple[float, float], step: int, from_floor: bool
+        self, a: Tensor, e: Tensor, size: Tensor, bounds: tuple[float, float], step: int, mostly_free: bool
     ) -> Tensor:
-        if not from_floor:
+        if not (self.slow_start and mostly_free):
             return variance_multipliers(a, e, size, self.alpha, bounds, self.ramp(step))
         ramp = self.ramp(step)
         x = variance_multipliers(a, e, size, self.alpha, bounds, 1.0).log()
         return torch.exp(ramp * x + (1 - ramp) * math.log(self.floor))
+
+
+def with_start(rule: VarianceRule, slow_start: bool | None, warmup: int | None, sgd: bool) -> VarianceRule:
+    """Fill in how a rule begins, None being the default for SGD or another optimizer.
+
+    Raises:
+        ConfigError: a slow start of a rule that has none.
+    """
+    if slow_start and not rule.tells_layers_apart:
+        raise ConfigError(
+            f"slow_start is True, but rule={rule.name!r} with reference={rule.reference!r} has none; expected "
+            "rule=None, or rule='trust' with reference='start'"
+        )
+    slow = rule.tells_layers_apart and (sgd if slow_start is None else slow_start)
+    return replace(rule, slow_start=slow, warmup=(40 if slow else 50) if warmup is None else warmup)
 
 
 def checked_rule(

@@ -78,7 +78,7 @@ class ScaledSteps:
         self._buffers: list[Tensor] = []
         self._snapshot: tuple[Tensor, ...] | list[Tensor] | None = None
         self._find_layers(self._parameters())
-        # Without any scale or shift there is no norm layer, and the rule scales nothing.
+        # Without any scale or shift there is no norm layer, and a rule that is not named scales nothing.
         if rule.holds(self.statistics, 0) and find_vectors is not None and find_vectors(self._stepped):
             self._hold(True)
         self._handles = [

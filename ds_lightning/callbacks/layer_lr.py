@@ -14,7 +14,7 @@ from ds_lightning.errors import ConfigError, NoEffectWarning
 
 from ._layer_fade import check_rates
 from ._layer_picture import log_multipliers
-from ._layer_rules import FLOOR, ReferenceName, RuleName, VarianceRule, checked_rule
+from ._layer_rules import FLOOR, ReferenceName, RuleName, VarianceRule, checked_rule, with_start
 from ._layer_summary import no_effect, summary
 from ._layers import check_patterns, find_layers, find_vectors
 from ._linear_optimizers import check_linear, default_alpha, default_reference, default_rule
@@ -28,16 +28,14 @@ class DynamicLayerLR(pl.Callback):
     """Multiply each layer's learning rate by a factor that follows from the variance of its gradient.
 
     **When it acts.** Around every `optimizer.step`, through the optimizer's own step hooks: after unscaling,
-    accumulation and clipping, in automatic and manual optimization, for each optimizer by itself. It reads the
-    gradients' norms in each of the first steps, later every `every` steps; they count at the next reading, so that
-    nothing waits for the device.
+    accumulation and clipping, in automatic and manual optimization, for each optimizer by itself. Every `every` steps
+    it reads the gradients' norms; they count at the next reading, so that nothing waits for the device.
 
     **What it changes.** The step of each layer (a weight with two or more dimensions, and its bias) is multiplied, as
     if its parameter group had the rate `scheduler's rate * multiplier`, decoupled weight decay included. Parameter
     groups, schedulers and optimizer checkpoints stay as they are. Norm layers and other vectors have the multiplier
-    `vectors`. A rule that is named begins at 1 and has its full strength at step `warmup`. With the default, and with
-    "trust" and the reference "start", all layers of a network with norm layers wait at the lower bound for three steps,
-    until it is known whose size counts; a head behind norm layers then comes from there up to step `warmup`.
+    `vectors`. Every other layer has 1 at first: the rule fades in from step `every` to step `warmup`, or begins with a
+    `slow_start`.
 
     **What it logs.** `layer_lr/<layer>`, the multiplier, and `layer_lr_variance/<layer>`, the gradient's variance
     averaged over the weights, every `log_every_n_steps`; a picture of all multipliers over the steps on loggers with
@@ -74,9 +72,13 @@ class DynamicLayerLR(pl.Callback):
             LARS; where the size of a layer's weights changes the loss, as without a norm layer behind it, that layer
             follows "variance". None: "start" for SGD, else "mean".
         vectors: multiplier of all norm layers' scales and shifts, and of biases that belong to no layer, > 0.
-        every: optimizer steps between two readings, >= 1; in the first steps they are a quarter of the steps so far.
+        every: optimizer steps between two readings, >= 1.
         ema: decay of the averages for each optimizer step, in [0, 1).
-        warmup: optimizer step at which the rule has its full strength, >= 0.
+        slow_start: read in each of the first steps, later after a quarter of the steps so far, `every` at most; all
+            layers of a network with norm layers wait at the lower bound for three steps, until it is known whose size
+            counts; where half of all layers have a norm, the others, the head for one, come up from there until step
+            `warmup`. For rule None, and "trust" with the reference "start". None: with SGD.
+        warmup: optimizer step at which the rule has its full strength, >= 0. None: 40 with a slow start, else 50.
         groups: which layers of one optimizer share a multiplier. "layer": none; "block": those in the same numbered
             module, such as `layer1.0`; or a function from a layer's name to its group's name.
         fade: take multipliers to the power of (rate / largest rate so far), so that they end at 1 with the schedule.
@@ -102,7 +104,8 @@ class DynamicLayerLR(pl.Callback):
         vectors: float = 1.0,
         every: int = 10,
         ema: float = 0.95,
-        warmup: int = 40,
+        slow_start: bool | None = None,
+        warmup: int | None = None,
         groups: Literal["layer", "block"] | Callable[[str], str] = "layer",
         fade: bool = False,
         include: list[str] | None = None,
@@ -115,7 +118,7 @@ class DynamicLayerLR(pl.Callback):
             raise ConfigError(f"every is {every}; expected a number of optimizer steps >= 1")
         if not 0 <= ema < 1:
             raise ConfigError(f"ema is {ema}; expected a decay in [0, 1)")
-        if warmup < 0:
+        if warmup is not None and warmup < 0:
             raise ConfigError(f"warmup is {warmup}; expected a number of optimizer steps >= 0")
         if not callable(groups) and groups not in ("layer", "block"):
             raise ConfigError(f"groups is {groups!r}; expected 'layer', 'block' or a function of a layer's name")
@@ -130,6 +133,7 @@ class DynamicLayerLR(pl.Callback):
         self.vectors = float(vectors)
         self.every = every
         self.ema = ema
+        self.slow_start = slow_start
         self.warmup = warmup
         self.groups = groups
         self.fade = fade
@@ -172,9 +176,10 @@ class DynamicLayerLR(pl.Callback):
             name = self.rule or default_rule(optimizer)
             trust, bounds = checked_rule(name, self.alpha, self.trust, self.bounds, self.reference)
             reference = self.reference or default_reference(optimizer, name)
-            schedule = (self.every, self.ema, self.warmup)
             spare, floor = self.rule is None, FLOOR if self.bounds is None else bounds[0]
-            rule = VarianceRule(alpha, bounds, *schedule, name, trust, self.fade, reference, self.vectors, spare, floor)
+            rest = (trust, self.fade, reference, self.vectors, spare, floor)
+            rule = VarianceRule(alpha, bounds, self.every, self.ema, 0, name, *rest)
+            rule = with_start(rule, self.slow_start, self.warmup, isinstance(optimizer, torch.optim.SGD))
             vectors = partial(find_vectors, pl_module, include=self.include, exclude=self.exclude)
             self._scaled.append(ScaledSteps(optimizer, find, rule, shared, self.groups, vectors))
         self._resume()

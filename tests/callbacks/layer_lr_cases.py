@@ -21,8 +21,6 @@ SGD_MOMENTUM = partial(SGD, lr=0.05, momentum=0.9)
 
 # 6 batches an epoch: a reading is under way at each epoch's end.
 RULE = {"rule": "variance", "every": 4, "warmup": 12, "ema": 0.9}
-# The steps at which it reads: a quarter of the steps so far apart, at least one and at most four.
-READ_AT = (0, 1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 15, 18, 22, 26, 30, 34, 38, 42, 46)
 
 
 ONE_CYCLE = partial(OneCycleLR, max_lr=0.1, total_steps=40, cycle_momentum=False)

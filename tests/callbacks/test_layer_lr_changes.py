@@ -64,12 +64,11 @@ def test_a_layer_without_gradients_keeps_its_multiplier_and_its_count():
     callback, recorder = DynamicLayerLR(**RULE), Recorder()
     trainer_of(callback, recorder, Thaw(), epochs=6).fit(User(), images())
     traces = [m["net.4"] for m in recorder.multipliers]
-    assert traces[:7] == [1.0] * 7  # first gradient at step 6, read then, used at 7
-    assert traces[7] != 1.0
-    # read at 12, 15, 18 and 22 without a gradient: nothing changes before the reading of step 26 is used at 30
-    assert traces[10] != traces[12]
-    assert traces[12:30] == [traces[12]] * 18
-    assert traces[30] != traces[12]
+    assert traces[:12] == [1.0] * 12  # first gradient at step 6, read at 8, used at 12
+    assert traces[12] != 1.0
+    # read at 12, 16 and 20 without a gradient: nothing changes before the reading of step 24 is used at 28
+    assert traces[12:28] == [traces[12]] * 16
+    assert traces[28] != traces[12]
     names = callback.state_dict()["optimizers"][0]["layers"]
     assert names["seen"][names["names"].index("net.4")] == 36 - 6 - 12
     assert names["seen"][names["names"].index("net.0")] == 36

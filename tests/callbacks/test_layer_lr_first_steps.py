@@ -6,6 +6,7 @@ from layer_lr_cases import LAYERS, SGD_MOMENTUM, Recorder, User, images, trainer
 from torch.optim import AdamW
 
 from ds_lightning.callbacks import DynamicLayerLR
+from ds_lightning.errors import ConfigError
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*(GPU available|does not have many workers|`LeafSpec`|litlogger|num_workers|log_every_n_steps).*",
@@ -29,7 +30,7 @@ class Hidden(User):
 
 @pytest.mark.parametrize("make", [SGD_MOMENTUM, partial(AdamW, lr=1e-3)])
 def test_a_head_comes_from_the_lowest_multiplier(make):
-    slow, at_once = (fit_of(Hidden(make), 24, warmup=warmup) for warmup in (21, 0))
+    slow, at_once = (fit_of(Hidden(make), 24, slow_start=True, warmup=warmup) for warmup in (21, 0))
     for used in (slow, at_once):
         assert used[:3] == [dict.fromkeys(LAYERS, 0.02)] * 3
         assert min(used[3]["net.0"], used[3]["net.4"]) > 0.3
@@ -54,3 +55,25 @@ def test_the_hold_ends_without_gradients():
 @pytest.mark.parametrize("rule", ["variance", "snr"])
 def test_a_rule_that_is_named_starts_from_one(rule):
     assert fit_of(Hidden(), 2, rule=rule) == [dict.fromkeys(LAYERS, 1.0)] * 2
+
+
+def test_only_sgd_starts_slowly_by_itself():
+    assert fit_of(Hidden(partial(AdamW, lr=1e-3)), 3) == [dict.fromkeys(LAYERS, 1.0)] * 3
+    assert fit_of(Hidden(), 3) == [dict.fromkeys(LAYERS, 0.02)] * 3
+    assert fit_of(Hidden(), 3, slow_start=False) == [dict.fromkeys(LAYERS, 1.0)] * 3
+    assert fit_of(Hidden(), 3, bounds=(0.1, 10.0)) == [dict.fromkeys(LAYERS, 0.1)] * 3
+
+
+def test_nothing_waits_without_a_norm():
+    def plain():
+        module = User(norm=lambda channels: torch.nn.Identity())
+        module.net[5] = torch.nn.Identity()
+        return module
+
+    assert fit_of(plain(), 12) == [dict.fromkeys(LAYERS, 1.0)] * 12
+
+
+def test_a_rule_that_has_no_slow_start_says_so():
+    for options in ({"rule": "variance"}, {"rule": "trust", "reference": "mean"}):
+        with pytest.raises(ConfigError, match=r"slow_start is True, but rule='.*; expected rule=None, or rule='trust'"):
+            fit_of(Hidden(), 3, slow_start=True, **options)

@@ -32,7 +32,7 @@ def test_a_fit_ends_with_its_picture():
     assert list(album.figures) == ["layer_lr/multipliers"]
     axes = figure.axes[0]
     (mesh,) = axes.collections
-    used = recorder.multipliers[:: RULE["every"]]
+    used = recorder.multipliers[:: RULE["every"]]  # those of the steps that read
     expected = np.array([[row[name] for row in used] for name in LAYERS])
     np.testing.assert_allclose(mesh.get_array().reshape(expected.shape), expected, rtol=1e-6)
     assert mesh.norm(1.0) == pytest.approx(0.5)

@@ -26,15 +26,8 @@ def loss_of(net: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return (net(x) - x[:, :2].sin()).square().mean()
 
 
-class Fixed(VarianceRule):
-    """Multipliers stay as they are."""
-
-    def interval(self, step: int) -> int:
-        return NEVER
-
-
 def scale(net: nn.Module, optimizer: Optimizer, every: int = NEVER, **multipliers: float) -> ScaledSteps:
-    rule = (Fixed if every == NEVER else VarianceRule)(1.0, (0.4, 2.3), every, 0.95, 0)
+    rule = VarianceRule(1.0, (0.4, 2.3), every, 0.95, 0)
     scaled = ScaledSteps(optimizer, partial(find_layers, net), rule)
     scaled.statistics.multipliers = [multipliers.get(name, 1.0) for name in scaled.statistics.names]
     scaled._use_multipliers()
@@ -277,18 +270,23 @@ def test_removed_hooks_do_nothing():
 
 
 def test_ramp():
-    rule = VarianceRule(1.0, (0.4, 2.3), every=10, ema=0.95, warmup=41)
-    assert [rule.ramp(step) for step in (0, 1, 11, 21, 41, 400)] == [0.0, 0.0, 0.25, 0.5, 1.0, 1.0]
-    assert [VarianceRule(1.0, (0.4, 2.3), 10, 0.95, warmup).ramp(1) for warmup in (0, 1, 2)] == [1.0, 1.0, 0.0]
+    rule = VarianceRule(1.0, (0.4, 2.3), every=10, ema=0.95, warmup=50)
+    assert [rule.ramp(step) for step in (0, 9, 10, 20, 30, 50, 400)] == [0.0, 0.0, 0.0, 0.25, 0.5, 1.0, 1.0]
+    assert [VarianceRule(1.0, (0.4, 2.3), 10, 0.95, 0).ramp(step) for step in (9, 10)] == [0.0, 1.0]
+    slow = VarianceRule(1.0, (0.4, 2.3), every=10, ema=0.95, warmup=41, slow_start=True)
+    assert [slow.ramp(step) for step in (0, 1, 11, 21, 41, 400)] == [0.0, 0.0, 0.25, 0.5, 1.0, 1.0]
 
 
-def test_readings_are_close_at_first():
+@pytest.mark.parametrize("slow", [True, False])
+def test_a_slow_start_reads_in_each_of_the_first_steps(slow):
     net = network()
     optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
-    scaled = scale(net, optimizer, every=5)
+    scaled = ScaledSteps(
+        optimizer, partial(find_layers, net), VarianceRule(1.0, (0.4, 2.3), 5, 0.95, 0, slow_start=slow)
+    )
     found = []
     for step in range(40):
         train(net, optimizer, steps=1)
         if scaled.state_dict()["read"][0] == step:
             found.append(step)
-    assert found == [*range(9), 10, 12, 15, 18, 22, 27, 32, 37]
+    assert found == ([*range(9), 10, 12, 15, 18, 22, 27, 32, 37] if slow else list(range(0, 40, 5)))
