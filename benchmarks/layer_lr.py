@@ -19,8 +19,9 @@ last layer's.
 before it as well. Peers are timm's: LARS, LAMB, NovoGrad, Muon (convolutions flattened, AdamW for the rest) and layer
 decay of 0.75. A method `NAME={"rule": "variance", "alpha": 0.7}` is DynamicLayerLR with these arguments.
 
-`finetune` starts from a network that is trained here on half of the classes, and trains on the others. `small` needs
-no file; the others need `--data-dir` with cifar10_jpeg.npz or sst2_{train,dev,test}.txt.
+`finetune`, `finetune_sgd` and `small_finetune` start from a network that is trained here on half of the classes, and
+train on the others. `small` needs no file; the others need `--data-dir` with cifar10_jpeg.npz or
+sst2_{train,dev,test}.txt.
 
 Prints JSON; each training says one line on stderr. With `--log FILE`, trainings are kept there and never run twice.
 Run: `OMP_NUM_THREADS=1 python benchmarks/layer_lr.py small --jobs 2`, or on GPUs
@@ -61,8 +62,10 @@ SETTINGS: dict[str, tuple[Run, tuple[str, ...]]] = {
     "resnet18_adamw": (replace(RESNET18, optimizer="adamw"), SHORT),
     "resnet18_nonorm_sgd": (replace(RESNET18, network="resnet18_nonorm"), SHORT),
     "finetune": (replace(RESNET18, optimizer="adamw", steps=400, part="second"), (*SHORT, "layer_decay")),
+    "finetune_sgd": (replace(RESNET18, steps=400, part="second"), SHORT),
     "text_adamw": (Run("", "text", "sst2", "adamw", steps=600, batch_size=64), SHORT),
     "small": (SMALL, SHORT[:4]),
+    "small_finetune": (replace(SMALL, part="second"), SHORT[:4]),
     "small_nonorm": (replace(SMALL, network="resnet8_nonorm"), SHORT[:4]),
 }
 # Where a method's search starts: by its own name, else by the setting's, else by the optimizer's.
@@ -73,12 +76,16 @@ GRIDS = {
     "resnet50_narrow_sgd": (0.01, 0.02, 0.04),
     "vit_adamw": (2.5e-4, 5e-4, 1e-3, 2e-3),
     "finetune": (1.25e-4, 2.5e-4, 5e-4, 1e-3),
+    "finetune_sgd": (6.25e-3, 0.0125, 0.025, 0.05),
     "text_adamw": (1.25e-4, 2.5e-4, 5e-4, 1e-3),
     "lars": (0.5, 1.0, 2.0),
     "lamb": (4e-3, 8e-3, 1.6e-2, 3.2e-2),
     "novograd": (5e-3, 1e-2, 2e-2, 4e-2),
     "muon": (1e-3, 2e-3, 4e-3, 8e-3),
 }
+
+
+PRETRAIN_RATE = {"sgd": 0.025, "adamw": 1e-3}  # of what is fine-tuned
 
 
 class Trainings:
@@ -180,7 +187,7 @@ def bench(options: argparse.Namespace, pool: Any, cache: Path) -> dict[str, Any]
     """Run all settings at once, so that no process is idle while one method is tuned."""
     trainings = Trainings(pool, options.log)
     deadline = time.time() + options.budget
-    weights = str((Path(options.log).with_suffix(".pt") if options.log else cache / "pretrained.pt").resolve())
+    beside = Path(options.log) if options.log else cache / "pretrained"
     bases, followed = {}, {}
     with ThreadPoolExecutor(len(options.settings) * (1 + len(ALL) + len(options.methods or ()))) as threads:
         for setting in options.settings:
@@ -189,7 +196,9 @@ def bench(options: argparse.Namespace, pool: Any, cache: Path) -> dict[str, Any]
             base = replace(base, setting=setting, warmup=options.warmup, points=options.points, **place)
             before = None
             if base.part:
-                first = replace(base, setting=f"{setting}: before", part="first", steps=options.pretrain_steps, lr=1e-3)
+                weights = str(beside.with_suffix(f".{setting}.pt").resolve())
+                first = replace(base, setting=f"{setting}: before", part="first", steps=options.pretrain_steps)
+                first = replace(first, lr=PRETRAIN_RATE[base.optimizer])
                 before = trainings.start(replace(first, keep=weights))
                 base = replace(base, initial=weights)
             bases[setting] = base = replace(base, steps=options.steps or base.steps)
@@ -226,7 +235,7 @@ def main() -> None:
     parser.add_argument("--extensions", type=int, default=4, help="how often a grid may grow")
     parser.add_argument("--warmup", type=int, default=0, help="steps of a linear warm-up of all methods")
     parser.add_argument("--points", type=int, default=20, help="readings of the validation accuracy")
-    parser.add_argument("--pretrain-steps", type=int, default=2000, help="of what finetune starts from")
+    parser.add_argument("--pretrain-steps", type=int, default=2000, help="of what fine-tuning starts from")
     parser.add_argument("--budget", type=float, default=math.inf, help="seconds after which no training starts")
     parser.add_argument("--log", default="", help="file that keeps every training, and gives it back next time")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))

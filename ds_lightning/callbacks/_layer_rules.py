@@ -140,7 +140,7 @@ class VarianceRule:
                     start = x.new_full((count,), torch.nan).index_copy_(0, index, statistics.start)
                     bound = added((~free).double()) > 0  # a group, where any of its layers is
                     center = mean_exponent(torch.where(bound, torch.nan, start))
-                    # This begins at 1 by itself.
+                    # Their mean begins at 1 by itself.
                     free_m = exponent_multipliers(x, self.bounds, 1.0 if self.slow_start else self.ramp(step), center)
                     low = self.floor if mostly_free else max(self.bounds[0], _BOUNDS[0])
                     bounds = low, min(self.bounds[1], _BOUNDS[1])

@@ -144,6 +144,7 @@ class ScaledSteps:
         stepped = self._parameters()
         if len(stepped) != len(self._stepped) or not all(map(is_, stepped, self._stepped)):
             self._find_layers(stepped)
+        held = self._held
         if self.steps >= self._next:
             if self.layers:
                 self._update_multipliers()
@@ -161,7 +162,7 @@ class ScaledSteps:
         if not self._noted and not self._held:
             self.smallest, self.largest = min(self.smallest, *self._used, 1.0), max(self.largest, *self._used, 1.0)
             self._noted = True
-        if self.layers and (self.steps - 1) % self.rule.every == 0:
+        if self.layers and ((self.steps - 1) % self.rule.every == 0 or held != self._held):
             self.history.add(self.steps - 1, self.multipliers)
         if self._scaled:
             # Asked for in each step: nothing promises that a sharded parameter keeps its memory.

@@ -77,3 +77,18 @@ def test_a_rule_that_has_no_slow_start_says_so():
     for options in ({"rule": "variance"}, {"rule": "trust", "reference": "mean"}):
         with pytest.raises(ConfigError, match=r"slow_start is True, but rule='.*; expected rule=None, or rule='trust'"):
             fit_of(Hidden(), 3, slow_start=True, **options)
+
+
+def test_a_frozen_layer_waits_no_longer_than_the_others():
+    module = Hidden()
+    module.net[0].requires_grad_(False)
+    assert [used["net.0"] for used in fit_of(module, 12)] == [0.02] * 3 + [1.0] * 9
+
+
+def test_the_picture_shows_how_long_they_waited():
+    callback = DynamicLayerLR()
+    trainer_of(callback, max_steps=24).fit(Hidden(), images())
+    history = callback.state_dict()["optimizers"][0]["history"]
+    assert history["steps"] == [0, 3, 10, 20]
+    assert history["values"][0].tolist() == pytest.approx([0.02] * 3)
+    assert max(history["values"][1].tolist()) > 0.3
