@@ -178,17 +178,18 @@ class SaveRank(pl.Callback):
         torch.save((callback.state_dict(), weights), self.folder / f"{trainer.global_rank}.pt")
 
 
-def test_two_processes_agree_and_equal_one_with_twice_the_batch(tmp_path):
+@pytest.mark.parametrize("options", [RULE, {"rule": "trust"}], ids=["variance", "slow-start"])
+def test_two_processes_agree_and_equal_one_with_twice_the_batch(options, tmp_path):
     norm = partial(nn.GroupNorm, 2)
     trainer = trainer_of(
-        DynamicLayerLR(**RULE), SaveRank(tmp_path), strategy="ddp_fork", devices=2, use_distributed_sampler=False
+        DynamicLayerLR(**options), SaveRank(tmp_path), strategy="ddp_fork", devices=2, use_distributed_sampler=False
     )
     trainer.fit(Halves(norm=norm))
     (zero, weights_zero), (one, weights_one) = (torch.load(tmp_path / f"{r}.pt", weights_only=True) for r in (0, 1))
     assert same_state(zero, one)
     assert all(torch.equal(a, b) for a, b in zip(weights_zero, weights_one, strict=True))
 
-    single, callback = User(norm=norm), DynamicLayerLR(**RULE)
+    single, callback = User(norm=norm), DynamicLayerLR(**options)
     trainer_of(callback).fit(single, images(batch_size=4))
     got, want = zero["optimizers"][0], callback.state_dict()["optimizers"][0]
     assert got["steps"] == want["steps"] == 30
