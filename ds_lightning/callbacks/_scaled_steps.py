@@ -50,7 +50,7 @@ class ScaledSteps:
         self.optimizer = optimizer
         self.rule = rule
         self.steps = 0
-        self._read, self._next = 0, 0  # the steps of the last reading and of the next
+        self._read = 0  # the step of the last reading
         self._held = False
         self.smallest, self.largest = 1.0, 1.0  # over the whole fit
         self.readings, self.changed = 0, 0  # how many counted, and after how many a multiplier differed from 1
@@ -145,14 +145,14 @@ class ScaledSteps:
         if len(stepped) != len(self._stepped) or not all(map(is_, stepped, self._stepped)):
             self._find_layers(stepped)
         held = self._held
-        if self.steps >= self._next:
+        if self.steps == 0 or self.steps - self._read >= self.rule.interval(self._read):
             if self.layers:
                 self._update_multipliers()
                 self._leave_sparse_layers()
             if self.layers:  # a sparse layer may have been the last
                 extra = self.rule.extra_rows
                 self._reading = read_norms(self.optimizer, self.layers, self.statistics, self._broadcast, extra)
-            self._read, self._next = self.steps, self.steps + self.rule.interval(self.steps)
+            self._read = self.steps
         for i, layer in enumerate(self.layers):
             if layer.weight.grad is not None:
                 self.statistics.seen[i] += 1
@@ -277,7 +277,7 @@ class ScaledSteps:
     def state_dict(self) -> dict[str, Any]:
         return {
             "steps": self.steps,
-            "read": [self._read, self._next],
+            "read": self._read,
             "held": self._held,
             "range": [self.smallest, self.largest],
             "readings": [self.readings, self.changed],
@@ -291,9 +291,9 @@ class ScaledSteps:
     def load_state_dict(self, state: dict[str, Any]) -> tuple[int, int]:
         """Go on from a state, layers matched by name; return how many layers are new and how many are gone."""
         self.steps, self._held = state["steps"], state.get("held", False)
-        every = self.rule.every
-        last = max(0, self.steps - 1) // every * every  # of a checkpoint from when readings were equally far apart
-        self._read, self._next = state.get("read", (last, last + every if self.steps else 0))
+        # Of a checkpoint from when readings were equally far apart.
+        last = max(0, self.steps - 1) // self.rule.every * self.rule.every
+        self._read = state.get("read", last)
         # An older checkpoint has "largest_change" alone.
         self.smallest, self.largest = state.get("range") or (1.0, 1.0 + state["largest_change"])
         self.readings, self.changed = state.get("readings", (0, 0))
