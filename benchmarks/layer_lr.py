@@ -17,11 +17,12 @@ last layer's.
 
 `slow_head` is the baseline with 1/25 of its rate for the last layer, `slow_head_default` DynamicLayerLR on the layers
 before it as well. Peers are timm's: LARS, LAMB, NovoGrad, Muon (convolutions flattened, AdamW for the rest) and layer
-decay of 0.75. A method `NAME={"rule": "variance", "alpha": 0.7}` is DynamicLayerLR with these arguments.
+decay of 0.75. A method `NAME={"rule": "variance", "alpha": 0.7}` is DynamicLayerLR with these arguments; with
+`"optimizer": "muon"` on a peer, with `"slow_head": true` on the layers before a slow head.
 
-`finetune`, `finetune_sgd` and `small_finetune` start from a network that is trained here on half of the classes, and
-train on the others. `small` needs no file; the others need `--data-dir` with cifar10_jpeg.npz or
-sst2_{train,dev,test}.txt.
+`finetune`, `finetune_sgd`, `finetune_resnet50_sgd` and `small_finetune` start from a network that is trained here on
+half of the classes, and train on the others. `small` needs no file; the others need `--data-dir` with cifar10_jpeg.npz
+or sst2_{train,dev,test}.txt.
 
 Prints JSON; each training says one line on stderr. With `--log FILE`, trainings are kept there and never run twice.
 Run: `OMP_NUM_THREADS=1 python benchmarks/layer_lr.py small --jobs 2`, or on GPUs
@@ -44,7 +45,7 @@ from typing import Any
 
 import torch
 from gpu_processes import training_processes
-from layer_lr_methods import METHODS, Run, train
+from layer_lr_methods import METHODS, Run, arguments_of, train
 from layer_lr_networks import prepare
 from layer_lr_report import report
 
@@ -63,6 +64,7 @@ SETTINGS: dict[str, tuple[Run, tuple[str, ...]]] = {
     "resnet18_nonorm_sgd": (replace(RESNET18, network="resnet18_nonorm"), SHORT),
     "finetune": (replace(RESNET18, optimizer="adamw", steps=400, part="second"), (*SHORT, "layer_decay")),
     "finetune_sgd": (replace(RESNET18, steps=400, part="second"), SHORT),
+    "finetune_resnet50_sgd": (replace(RESNET50, part="second"), SHORT),
     "text_adamw": (Run("", "text", "sst2", "adamw", steps=600, batch_size=64), SHORT),
     "small": (SMALL, SHORT[:4]),
     "small_finetune": (replace(SMALL, part="second"), SHORT[:4]),
@@ -77,6 +79,7 @@ GRIDS = {
     "vit_adamw": (2.5e-4, 5e-4, 1e-3, 2e-3),
     "finetune": (1.25e-4, 2.5e-4, 5e-4, 1e-3),
     "finetune_sgd": (6.25e-3, 0.0125, 0.025, 0.05),
+    "finetune_resnet50_sgd": (6.25e-3, 0.0125, 0.025, 0.05),
     "text_adamw": (1.25e-4, 2.5e-4, 5e-4, 1e-3),
     "lars": (0.5, 1.0, 2.0),
     "lamb": (4e-3, 8e-3, 1.6e-2, 3.2e-2),
@@ -180,7 +183,8 @@ def follow(
 
 
 def grid_of(base: Run, method: str) -> Sequence[float]:
-    return GRIDS.get(method) or GRIDS.get(base.setting) or GRIDS[base.optimizer]
+    peer = arguments_of(method).get("optimizer", method)
+    return GRIDS.get(peer) or GRIDS.get(base.setting) or GRIDS[base.optimizer]
 
 
 def bench(options: argparse.Namespace, pool: Any, cache: Path) -> dict[str, Any]:
@@ -215,7 +219,7 @@ def bench(options: argparse.Namespace, pool: Any, cache: Path) -> dict[str, Any]
 def method(name: str) -> str:
     """Check a method's name, or the arguments of one that is given as NAME={...}."""
     if "=" in name:
-        json.loads(name.partition("=")[2])
+        arguments_of(name)
     elif name not in METHODS:
         raise argparse.ArgumentTypeError(f'{name} is none of {", ".join(METHODS)}, and not NAME={{"argument": value}}')
     return name

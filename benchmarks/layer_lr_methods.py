@@ -39,6 +39,7 @@ PEERS: dict[str, dict[str, Any]] = {
 # Two rates by hand, about as far apart as those that rule `trust` comes to with SGD.
 SLOW_HEAD = 1 / 25
 METHODS = ("baseline", "slow_head", "slow_head_default", *RULES, *PEERS)
+BY_HAND = ("optimizer", "slow_head")  # of a method's arguments those that are not DynamicLayerLR's
 WEIGHT_DECAY = {"sgd": 5e-4, "adamw": 0.05}
 
 
@@ -46,9 +47,9 @@ WEIGHT_DECAY = {"sgd": 5e-4, "adamw": 0.05}
 class Run:
     """One training.
 
-    `method` is one of METHODS, or `NAME={...}` with arguments of DynamicLayerLR as JSON. `part` keeps some of the
-    classes. `initial` is a file of weights to start from, all but the head's; `keep` is where the trained ones go. No
-    run starts after `deadline`, a time since the epoch.
+    `method` is one of METHODS, or `NAME={...}` with arguments of DynamicLayerLR as JSON, beside them `optimizer`, a
+    peer's name, and `slow_head`. `part` keeps some of the classes. `initial` is a file of weights to start from, all
+    but the head's; `keep` is where the trained ones go. No run starts after `deadline`, a time since the epoch.
     """
 
     setting: str
@@ -155,9 +156,11 @@ def optimizer_of(network: nn.Module, run: Run) -> torch.optim.Optimizer:
     """Return the optimizer of a run: the setting's own, or a peer's from timm."""
     fused = {"fused": True} if run.device == "cuda" else {}
     decay = WEIGHT_DECAY[run.optimizer]
-    if run.method not in PEERS:
+    given = arguments_of(run.method)
+    peer = given.get("optimizer", run.method)
+    if peer not in PEERS:
         groups: list[dict[str, Any]] = [{"params": list(network.parameters())}]
-        if run.method.startswith("slow_head"):
+        if run.method.startswith("slow_head") or given.get("slow_head"):
             head = list(network.get_submodule(head_of(network)).parameters())
             rest = [p for p in network.parameters() if all(p is not mine for mine in head)]
             groups = [{"params": rest}, {"params": head, "lr": run.lr * SLOW_HEAD}]
@@ -166,7 +169,7 @@ def optimizer_of(network: nn.Module, run: Run) -> torch.optim.Optimizer:
         return torch.optim.SGD(groups, lr=run.lr, momentum=0.9, weight_decay=decay, **fused)
     from timm.optim import create_optimizer_v2
 
-    options: dict[str, Any] = {"opt": run.optimizer, "weight_decay": decay, **PEERS[run.method]}
+    options: dict[str, Any] = {"opt": run.optimizer, "weight_decay": decay, **PEERS[peer]}
     head = head_of(network)
     network.pretrained_cfg = {"classifier": head}  # type: ignore[assignment]  # where timm looks for the head
     if options["opt"] == "muon":
@@ -187,10 +190,16 @@ def callback_of(method: str, head: str) -> Any:
         return None
     from ds_lightning.callbacks import DynamicLayerLR
 
-    if method == "slow_head_default":
-        return DynamicLayerLR(exclude=[f"network.{head}.*"])
+    given = arguments_of(method)
+    if method == "slow_head_default" or given.get("slow_head"):
+        given["exclude"] = [f"network.{head}.*"]
+    return DynamicLayerLR(**{name: value for name, value in given.items() if name not in BY_HAND})
+
+
+def arguments_of(method: str) -> dict[str, Any]:
+    """Return the arguments of a method that is given as `NAME={...}`, or of a rule by its name."""
     _, given, options = method.partition("=")
-    return DynamicLayerLR(**(json.loads(options) if given else RULES[method]))
+    return dict(json.loads(options) if given else RULES.get(method, {}))
 
 
 def start_from(network: nn.Module, path: str) -> None:

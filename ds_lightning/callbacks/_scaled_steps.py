@@ -1,6 +1,7 @@
 """One optimizer whose steps are scaled layer by layer."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from operator import is_
 from typing import Any
 
@@ -279,6 +280,7 @@ class ScaledSteps:
             "steps": self.steps,
             "read": self._read,
             "held": self._held,
+            "idle": self.rule.idle,
             "range": [self.smallest, self.largest],
             "readings": [self.readings, self.changed],
             "fade": self._fade.state_dict(),
@@ -291,6 +293,8 @@ class ScaledSteps:
     def load_state_dict(self, state: dict[str, Any]) -> tuple[int, int]:
         """Go on from a state, layers matched by name; return how many layers are new and how many are gone."""
         self.steps, self._held = state["steps"], state.get("held", False)
+        # The weights of a checkpoint look as in fine-tuning; what counts is what its fit started from.
+        self.rule = replace(self.rule, idle=self.rule.spare and state.get("idle", False))
         # Of a checkpoint from when readings were equally far apart.
         last = max(0, self.steps - 1) // self.rule.every * self.rule.every
         self._read = state.get("read", last)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
@@ -16,7 +17,7 @@ from ._layer_fade import check_rates
 from ._layer_picture import log_multipliers
 from ._layer_rules import FLOOR, ReferenceName, RuleName, VarianceRule, checked_rule, with_start
 from ._layer_summary import no_effect, summary
-from ._layers import check_patterns, find_layers, find_vectors
+from ._layers import check_patterns, find_layers, find_vectors, norms_are_trained
 from ._linear_optimizers import check_linear, default_alpha, default_reference, default_rule
 from ._log_step import log_step
 from ._scaled_steps import ScaledSteps
@@ -59,8 +60,9 @@ class DynamicLayerLR(pl.Callback):
         rule: "variance": noisier layers step less; "trust": so, and layers with larger weights step more (as LARS,
             arXiv 1708.03888); "snr": layers with more signal than noise step more; "article": 1 + 0.5 (1 - exp(-0.1
             Var)) of the last gradient's elements, without averages, bounds and warm-up, to see that it does nothing.
-            None: what helps and does no harm: for SGD "trust", where norm layers follow some layers, else nothing; for
-            other optimizers "variance" of the layers that no norm follows, beside all others, which keep 1.
+            None: what helps and does no harm: for SGD "trust", where norm layers follow some layers and none of them is
+            trained at the start of fit, as in fine-tuning, else nothing; for other optimizers "variance" of the layers
+            that no norm follows, beside all others, which keep 1.
         alpha: strength of the rule, > 0. None: 1 for SGD, 0.5 for others, which normalise their step themselves.
         trust: strength of the weights' size, >= 0, for rule "trust" alone. None: 1.
         bounds: smallest and largest multiplier, 0 < low <= 1 <= high. None: (0.4, 2.3), (0.02, 10) for rule "trust".
@@ -179,8 +181,10 @@ class DynamicLayerLR(pl.Callback):
             spare, floor = self.rule is None, FLOOR if self.bounds is None else bounds[0]
             rest = (trust, self.fade, reference, self.vectors, spare, floor)
             rule = VarianceRule(alpha, bounds, self.every, self.ema, 0, name, *rest)
-            rule = with_start(rule, self.slow_start, self.warmup, isinstance(optimizer, torch.optim.SGD))
+            sgd = isinstance(optimizer, torch.optim.SGD)
+            rule = with_start(rule, self.slow_start, self.warmup, sgd)
             vectors = partial(find_vectors, pl_module, include=self.include, exclude=self.exclude)
+            rule = replace(rule, idle=spare and sgd and norms_are_trained(pl_module, vectors(stepped)))
             self._scaled.append(ScaledSteps(optimizer, find, rule, shared, self.groups, vectors))
         self._resume()
 
