@@ -45,7 +45,7 @@ from typing import Any
 
 import torch
 from gpu_processes import training_processes
-from layer_lr_methods import METHODS, Run, arguments_of, train
+from layer_lr_methods import METHODS, PEERS, Run, arguments_of, train
 from layer_lr_networks import prepare
 from layer_lr_report import report
 
@@ -219,7 +219,9 @@ def bench(options: argparse.Namespace, pool: Any, cache: Path) -> dict[str, Any]
 def method(name: str) -> str:
     """Check a method's name, or the arguments of one that is given as NAME={...}."""
     if "=" in name:
-        arguments_of(name)
+        given = arguments_of(name)
+        if given.get("optimizer", "lars") not in PEERS or ("optimizer" in given and given.get("slow_head")):
+            raise argparse.ArgumentTypeError(f"{name}: optimizer is one of {', '.join(PEERS)}, and without slow_head")
     elif name not in METHODS:
         raise argparse.ArgumentTypeError(f'{name} is none of {", ".join(METHODS)}, and not NAME={{"argument": value}}')
     return name

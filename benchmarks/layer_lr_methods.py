@@ -160,7 +160,7 @@ def optimizer_of(network: nn.Module, run: Run) -> torch.optim.Optimizer:
     peer = given.get("optimizer", run.method)
     if peer not in PEERS:
         groups: list[dict[str, Any]] = [{"params": list(network.parameters())}]
-        if run.method.startswith("slow_head") or given.get("slow_head"):
+        if run.method in ("slow_head", "slow_head_default") or given.get("slow_head"):
             head = list(network.get_submodule(head_of(network)).parameters())
             rest = [p for p in network.parameters() if all(p is not mine for mine in head)]
             groups = [{"params": rest}, {"params": head, "lr": run.lr * SLOW_HEAD}]
@@ -192,7 +192,7 @@ def callback_of(method: str, head: str) -> Any:
 
     given = arguments_of(method)
     if method == "slow_head_default" or given.get("slow_head"):
-        given["exclude"] = [f"network.{head}.*"]
+        given["exclude"] = [*given.get("exclude", []), f"network.{head}.*"]
     return DynamicLayerLR(**{name: value for name, value in given.items() if name not in BY_HAND})
 
 

@@ -64,11 +64,10 @@ def no_effect(scaled: Sequence[ScaledSteps], trainer: pl.Trainer) -> str | None:
         )
     if max(one.largest_change for one in scaled) > UNCHANGED:
         return None
-    if all(one.rule.idle for one in scaled):
-        kind = type(scaled[0].optimizer).__name__
+    if any(one.rule.idle for one in scaled):
         return (
-            f"the norm layers are trained already, and in fine-tuning the default rule scales nothing with {kind}: "
-            "remove the callback, or name a rule"
+            "the scales of norm layers differ between channels, as after training, and in fine-tuning the default rule "
+            "scales nothing with SGD: remove the callback, or name a rule"
         )
     if steps == 0 and trainer.global_step > 0:
         return "the optimizer's step hooks never ran; it replaces torch.optim.Optimizer.step"

@@ -8,8 +8,6 @@ from torch import Tensor, nn
 
 from ds_lightning.errors import ConfigError
 
-from ._layer_shards import is_sharded
-
 
 @dataclass(frozen=True)
 class Layer:
@@ -136,26 +134,6 @@ def find_vectors(
         and (include is None or matches(name, include))
         and not matches(name, exclude or ())
     ]
-
-
-def norms_are_trained(module: nn.Module, vectors: Iterable[Tensor]) -> bool:
-    """Tell whether a norm layer was trained before: its scale begins with one value for all channels.
-
-    Waits for the device. With sharded parameters all processes must ask.
-
-    Args:
-        module: the module to search for vectors named `weight`.
-        vectors: those that count, as `find_vectors` lists them; frozen ones don't.
-    """
-    counted = {id(vector) for vector in vectors if vector.requires_grad}
-    for part in module.modules():
-        scale = part._parameters.get("weight")
-        if scale is not None and id(scale) in counted:
-            values = scale.detach()
-            whole = values.full_tensor() if is_sharded(values) else values  # type: ignore[attr-defined]
-            if bool((whole != whole[:1]).any()):
-                return True
-    return False
 
 
 def check_patterns(module: nn.Module, argument: str, patterns: Sequence[str] | None) -> None:

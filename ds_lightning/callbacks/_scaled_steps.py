@@ -37,6 +37,7 @@ class ScaledSteps:
         broadcast: statistics come from rank 0.
         groups: which layers share one multiplier, as `group_numbers` takes it.
         find_vectors: returns the other parameters, whose multiplier is the rule's `vectors`.
+        trained: tells of layers that are new to the optimizer whether they were trained before; then the rule idles.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class ScaledSteps:
         broadcast: bool = False,
         groups: str | Callable[[str], str] = "layer",
         find_vectors: Callable[[list[Tensor]], list[Tensor]] | None = None,
+        trained: Callable[[list[Layer]], bool] | None = None,
     ) -> None:
         self.optimizer = optimizer
         self.rule = rule
@@ -63,6 +65,7 @@ class ScaledSteps:
         self._broadcast = broadcast
         self._groups = groups
         self._find_vectors = find_vectors
+        self._trained = trained
         self._vectors: list[Tensor] = []
         self._layer_groups: list[int] = []  # number of each layer's parameter group, to fade
         self._vector_groups: list[int] = []  # and of each vector's
@@ -80,7 +83,7 @@ class ScaledSteps:
         self._snapshot: tuple[Tensor, ...] | list[Tensor] | None = None
         self._find_layers(self._parameters())
         # Without any scale or shift there is no norm layer, and a rule that is not named scales nothing.
-        if rule.holds(self.statistics, 0) and find_vectors is not None and find_vectors(self._stepped):
+        if self.rule.holds(self.statistics, 0) and find_vectors is not None and find_vectors(self._stepped):
             self._hold(True)
         self._handles = [
             optimizer.register_step_pre_hook(self._before_step),
@@ -195,6 +198,10 @@ class ScaledSteps:
         self.groups = group_numbers(self.layers, self._groups)
         if self._find_vectors is not None and self.rule.vectors != 1:
             self._vectors = self._find_vectors(stepped)
+        known = set(self.statistics.names)  # pruning replaces a layer's tensors, and not its name
+        new = [layer for layer in self.layers if layer.name not in known]
+        if new and self._trained is not None and self._trained(new):
+            self.rule = replace(self.rule, idle=True)
         self.statistics = self.statistics.aligned([layer.name for layer in self.layers])
         self._use_multipliers()
 

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
@@ -17,10 +16,11 @@ from ._layer_fade import check_rates
 from ._layer_picture import log_multipliers
 from ._layer_rules import FLOOR, ReferenceName, RuleName, VarianceRule, checked_rule, with_start
 from ._layer_summary import no_effect, summary
-from ._layers import check_patterns, find_layers, find_vectors, norms_are_trained
+from ._layers import check_patterns, find_layers, find_vectors
 from ._linear_optimizers import check_linear, default_alpha, default_reference, default_rule
 from ._log_step import log_step
 from ._scaled_steps import ScaledSteps
+from ._trained_norms import norms_are_trained
 
 _REFUSED = (DeepSpeedStrategy, FSDPStrategy)
 
@@ -45,7 +45,8 @@ class DynamicLayerLR(pl.Callback):
 
     **Checkpoint.** Names, averages, counters, multipliers, largest rates, the picture's columns (500 at most) and the
     reading that is under way: a resumed run goes on bit for bit. Layers are matched by name. The checkpoint loads
-    without the callback. Another `fit` without `ckpt_path` starts afresh, as its optimizers do.
+    without the callback. Another `fit` without `ckpt_path` starts afresh, as its optimizers do, and for rule None from
+    a trained network.
 
     **Limits.** The step must be linear in the rate: LBFGS, schedule-free, D-adaptation and Prodigy are refused, and an
     optimizer that torch does not ship is tried out at the start. FSDPStrategy and DeepSpeed are refused: each rank
@@ -60,9 +61,9 @@ class DynamicLayerLR(pl.Callback):
         rule: "variance": noisier layers step less; "trust": so, and layers with larger weights step more (as LARS,
             arXiv 1708.03888); "snr": layers with more signal than noise step more; "article": 1 + 0.5 (1 - exp(-0.1
             Var)) of the last gradient's elements, without averages, bounds and warm-up, to see that it does nothing.
-            None: what helps and does no harm: for SGD "trust", where norm layers follow some layers and none of them is
-            trained at the start of fit, as in fine-tuning, else nothing; for other optimizers "variance" of the layers
-            that no norm follows, beside all others, which keep 1.
+            None: what helps and does no harm: for SGD "trust", where norm layers follow some layers and no norm layer
+            beside the layers that are scaled was trained before (as in fine-tuning), else nothing; for other optimizers
+            "variance" of the layers that no norm follows, beside all others, which keep 1.
         alpha: strength of the rule, > 0. None: 1 for SGD, 0.5 for others, which normalise their step themselves.
         trust: strength of the weights' size, >= 0, for rule "trust" alone. None: 1.
         bounds: smallest and largest multiplier, 0 < low <= 1 <= high. None: (0.4, 2.3), (0.02, 10) for rule "trust".
@@ -184,8 +185,8 @@ class DynamicLayerLR(pl.Callback):
             sgd = isinstance(optimizer, torch.optim.SGD)
             rule = with_start(rule, self.slow_start, self.warmup, sgd)
             vectors = partial(find_vectors, pl_module, include=self.include, exclude=self.exclude)
-            rule = replace(rule, idle=spare and sgd and norms_are_trained(pl_module, vectors(stepped)))
-            self._scaled.append(ScaledSteps(optimizer, find, rule, shared, self.groups, vectors))
+            trained = partial(norms_are_trained, pl_module) if spare and sgd else None
+            self._scaled.append(ScaledSteps(optimizer, find, rule, shared, self.groups, vectors, trained))
         self._resume()
 
     def on_train_batch_end(

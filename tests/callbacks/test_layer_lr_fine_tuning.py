@@ -3,7 +3,7 @@ from functools import partial
 import pytest
 import torch
 from layer_lr_cases import LAYERS, SGD_MOMENTUM, Recorder, User, images, same_state, trainer_of
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import BaseFinetuning, ModelCheckpoint
 from torch import nn
 from torch.optim import SGD, AdamW
 
@@ -33,7 +33,7 @@ def fit_of(module, steps=24, **options):
 def test_a_trained_network_is_left_alone_by_default():
     plain, scaled = trained(), trained()
     trainer_of(max_steps=24).fit(plain, images())
-    with pytest.warns(NoEffectWarning, match="norm layers are trained already, and in fine-tuning .* with SGD"):
+    with pytest.warns(NoEffectWarning, match="scales of norm layers differ .* in fine-tuning .* nothing with SGD"):
         assert fit_of(scaled) == [REST] * 24
     assert same_state(dict(plain.state_dict()), dict(scaled.state_dict()))
 
@@ -60,11 +60,16 @@ def test_vectors_are_scaled_all_the_same(recwarn):
 
 
 class Teacher(User):
-    """A new network beside a trained one that is frozen."""
+    """A new network beside a trained one that the optimizer may hold."""
 
-    def __init__(self):
-        super().__init__()
+    def __init__(self, make=SGD_MOMENTUM):
+        super().__init__(make)
         self.teacher = trained().net.requires_grad_(False)
+
+
+class Student(Teacher):
+    def configure_optimizers(self):
+        return self.make_optimizer(self.net.parameters())
 
 
 class Backbone(User):
@@ -80,14 +85,53 @@ class Backbone(User):
 
 
 @pytest.mark.filterwarnings("ignore::ds_lightning.errors.NoEffectWarning")
-def test_only_norms_that_are_trained_further_count():
-    assert set(fit_of(Teacher(), steps=1)[0].values()) == {0.02}
+def test_only_norms_beside_the_optimizer_s_layers_count():
+    assert fit_of(Student(), steps=1) == [dict.fromkeys(LAYERS, 0.02)]
+    assert set(fit_of(Teacher(), steps=1)[0].values()) == {1.0}
+    assert fit_of(Teacher(), steps=1, exclude=["teacher.*"]) == [dict.fromkeys(LAYERS, 0.02)]
     assert set(fit_of(Backbone(), steps=1)[0].values()) == {1.0}
     assert fit_of(Backbone(), steps=1, include=["more.*"]) == [{"more.0": 0.02}]
-    frozen = Backbone()
-    for norm in (frozen.net[1], frozen.net[5]):
+    assert fit_of(trained(), steps=1, include=["net.0.*", "net.4.*"])[0] == {"net.0": 1.0, "net.4": 1.0}
+
+
+@pytest.mark.filterwarnings("ignore::ds_lightning.errors.NoEffectWarning")
+def test_frozen_norms_of_a_trained_network_count():
+    module = trained()
+    for norm in (module.net[1], module.net[5]):
         norm.requires_grad_(False)
-    assert set(fit_of(frozen, steps=1)[0].values()) == {0.02}
+    assert fit_of(module) == [REST] * 24
+
+
+class Thawing(BaseFinetuning):
+    """Adds the layers before the head, and their norms, to the optimizer in the second epoch."""
+
+    def freeze_before_training(self, pl_module):
+        self.freeze(pl_module.net[:6], train_bn=False)
+
+    def finetune_function(self, pl_module, epoch, optimizer):
+        if epoch == 1:
+            self.unfreeze_and_add_param_group(pl_module.net[:6], optimizer, train_bn=False)
+
+
+class Head(User):
+    """A network whose first layers have no bias, the optimizer of what is not frozen."""
+
+    def __init__(self):
+        super().__init__()
+        self.net[0], self.net[4] = nn.Conv2d(1, 4, 3, bias=False), nn.Linear(144, 8, bias=False)
+
+    def configure_optimizers(self):
+        return self.make_optimizer([p for p in self.parameters() if p.requires_grad])
+
+
+@pytest.mark.filterwarnings("ignore::ds_lightning.errors.NoEffectWarning", "ignore:.*no_grad.*|.*requires_grad.*")
+@pytest.mark.parametrize("start", [Head, lambda: trained(Head())], ids=["new", "trained"])
+def test_layers_that_thaw_are_told_by_their_norms_too(start):
+    recorder = Recorder()
+    trainer_of(DynamicLayerLR(), Thawing(), recorder, epochs=8).fit(start(), images())
+    assert set(recorder.multipliers[0]) == {"net.7"}
+    assert set(recorder.multipliers[-1]) == set(LAYERS)
+    assert (recorder.multipliers[-1] == REST) == (start is not Head)
 
 
 class Two(User):
@@ -114,6 +158,13 @@ def test_each_optimizer_by_itself():
     assert used == REST | {name.replace("net", "critic"): 0.02 for name in LAYERS}
 
 
+def test_an_idle_optimizer_is_named_beside_one_without_norms():
+    module = Two()
+    module.critic = nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
+    with pytest.warns(NoEffectWarning, match="scales of norm layers differ"):
+        fit_of(module)
+
+
 @pytest.mark.filterwarnings("ignore::ds_lightning.errors.NoEffectWarning")
 @pytest.mark.parametrize("start", [User, trained], ids=["new", "trained"])
 def test_a_resumed_fit_goes_on_as_it_began(start, tmp_path):
@@ -133,3 +184,12 @@ def test_a_rule_that_is_named_on_resuming_acts(tmp_path):
     trainer = trainer_of(DynamicLayerLR(rule="trust"), recorder, max_steps=48)
     trainer.fit(User(SGD_MOMENTUM), images(), ckpt_path=tmp_path / "last.ckpt")
     assert recorder.multipliers[-1] != REST
+
+
+def test_a_callback_that_comes_with_a_resumed_fit_finds_a_trained_network(tmp_path):
+    trainer_of(ModelCheckpoint(tmp_path, filename="last"), epochs=2).fit(User(), images())
+    recorder = Recorder()
+    trainer = trainer_of(DynamicLayerLR(), recorder, max_steps=24)
+    with pytest.warns(NoEffectWarning, match="scales of norm layers differ"):
+        trainer.fit(User(), images(), ckpt_path=tmp_path / "last.ckpt")
+    assert recorder.multipliers == [REST] * 12

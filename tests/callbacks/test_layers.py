@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from ds_lightning.callbacks._layers import check_patterns, find_layers, find_vectors, norms_are_trained
+from ds_lightning.callbacks._layers import check_patterns, find_layers, find_vectors
 from ds_lightning.errors import ConfigError
 
 
@@ -73,39 +73,3 @@ def test_a_pattern_that_matches_nothing_is_refused():
     check_patterns(Net(), "include", ["conv.*"])
     with pytest.raises(ConfigError, match=r"exclude has the pattern 'backbone\.\*', which matches no parameter"):
         check_patterns(Net(), "exclude", ["conv.*", "backbone.*"])
-
-
-@pytest.mark.parametrize(
-    "norm",
-    [
-        nn.BatchNorm2d(4),
-        nn.LayerNorm(4),
-        nn.GroupNorm(2, 4),
-        nn.RMSNorm(4),
-        nn.InstanceNorm2d(4, affine=True),
-        nn.PReLU(4),
-        nn.BatchNorm2d(4, affine=False),
-    ],
-)
-def test_a_norm_is_trained_when_its_channels_differ(norm):
-    net = nn.Sequential(nn.Conv2d(1, 4, 3), norm)
-    vectors = find_vectors(net, net.parameters())
-    assert not norms_are_trained(net, vectors)
-    scale = getattr(norm, "weight", None)
-    if scale is None:
-        return
-    with torch.no_grad():
-        scale.zero_()  # as the last norm of a residual branch may begin
-    assert not norms_are_trained(net, vectors)
-    with torch.no_grad():
-        scale[2] = 1e-6
-    assert norms_are_trained(net, vectors)
-    assert not norms_are_trained(net, [])
-    assert not norms_are_trained(net, [scale.requires_grad_(False)])
-
-
-def test_vectors_that_are_no_scale_say_nothing_of_training():
-    net = nn.Module()
-    net.token, net.norm = nn.Parameter(torch.randn(4)), nn.LayerNorm(4)
-    net.norm.bias.data.normal_()
-    assert not norms_are_trained(net, find_vectors(net, net.parameters()))
