@@ -201,9 +201,9 @@ def bench(options: argparse.Namespace, pool: Any, cache: Path) -> dict[str, Any]
             before = None
             if base.part:
                 weights = str(beside.with_suffix(f".{setting}.pt").resolve())
-                first = replace(base, setting=f"{setting}: before", part="first", steps=options.pretrain_steps)
-                first = replace(first, lr=PRETRAIN_RATE[base.optimizer])
-                before = trainings.start(replace(first, keep=weights))
+                first = replace(base, setting=f"{setting}: before", part="first", keep=weights)
+                first = replace(first, steps=options.pretrain_steps, lr=PRETRAIN_RATE[base.optimizer])
+                before = trainings.start(first)
                 base = replace(base, initial=weights)
             bases[setting] = base = replace(base, steps=options.steps or base.steps)
             for method in dict.fromkeys(("baseline", *(options.methods or methods))):
@@ -220,7 +220,7 @@ def method(name: str) -> str:
     """Check a method's name, or the arguments of one that is given as NAME={...}."""
     if "=" in name:
         given = arguments_of(name)
-        if given.get("optimizer", "lars") not in PEERS or ("optimizer" in given and given.get("slow_head")):
+        if "optimizer" in given and (given["optimizer"] not in PEERS or given.get("slow_head")):
             raise argparse.ArgumentTypeError(f"{name}: optimizer is one of {', '.join(PEERS)}, and without slow_head")
     elif name not in METHODS:
         raise argparse.ArgumentTypeError(f'{name} is none of {", ".join(METHODS)}, and not NAME={{"argument": value}}')

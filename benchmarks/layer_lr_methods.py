@@ -17,7 +17,7 @@ from layer_lr_networks import Data, build, head_of, load, summary
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-# Arguments of DynamicLayerLR; the optimizer is the baseline's.
+# Arguments of DynamicLayerLR, and those BY_HAND; the optimizer is the baseline's.
 RULES: dict[str, dict[str, Any]] = {
     "default": {},
     **{rule: {"rule": rule} for rule in ("variance", "trust", "snr", "article")},
@@ -26,6 +26,7 @@ RULES: dict[str, dict[str, Any]] = {
     "variance_fade": {"rule": "variance", "fade": True},
     "trust_fade": {"rule": "trust", "fade": True},
     "variance_block": {"rule": "variance", "groups": "block"},
+    "slow_head_default": {"slow_head": True},
 }
 # timm's name and the weight decay that it is usually run with. Biases and norms have none, as timm does by itself.
 PEERS: dict[str, dict[str, Any]] = {
@@ -38,7 +39,7 @@ PEERS: dict[str, dict[str, Any]] = {
 }
 # Two rates by hand, about as far apart as those that rule `trust` comes to with SGD.
 SLOW_HEAD = 1 / 25
-METHODS = ("baseline", "slow_head", "slow_head_default", *RULES, *PEERS)
+METHODS = ("baseline", "slow_head", *RULES, *PEERS)
 BY_HAND = ("optimizer", "slow_head")  # of a method's arguments those that are not DynamicLayerLR's
 WEIGHT_DECAY = {"sgd": 5e-4, "adamw": 0.05}
 
@@ -160,7 +161,7 @@ def optimizer_of(network: nn.Module, run: Run) -> torch.optim.Optimizer:
     peer = given.get("optimizer", run.method)
     if peer not in PEERS:
         groups: list[dict[str, Any]] = [{"params": list(network.parameters())}]
-        if run.method in ("slow_head", "slow_head_default") or given.get("slow_head"):
+        if run.method == "slow_head" or given.get("slow_head"):
             head = list(network.get_submodule(head_of(network)).parameters())
             rest = [p for p in network.parameters() if all(p is not mine for mine in head)]
             groups = [{"params": rest}, {"params": head, "lr": run.lr * SLOW_HEAD}]
@@ -191,7 +192,7 @@ def callback_of(method: str, head: str) -> Any:
     from ds_lightning.callbacks import DynamicLayerLR
 
     given = arguments_of(method)
-    if method == "slow_head_default" or given.get("slow_head"):
+    if given.get("slow_head"):
         given["exclude"] = [*given.get("exclude", []), f"network.{head}.*"]
     return DynamicLayerLR(**{name: value for name, value in given.items() if name not in BY_HAND})
 
