@@ -37,8 +37,7 @@ class VarianceRule:
     With `spare` all multipliers are 1 where the rule has nothing to offer. Reference "start": where no layer is known
     yet whose size changes nothing. Reference "mean": of each layer of which it is not known yet that its size counts.
     `floor` bounds layers whose size counts from below, where that of at least half of all layers changes nothing; with
-    `slow_start` these begin at it there, and come to what the rule gives them until step `warmup`. With `idle` all
-    multipliers are 1, whatever is read.
+    `slow_start` these begin at it there, and come to what the rule gives them until step `warmup`.
     """
 
     alpha: float
@@ -54,7 +53,6 @@ class VarianceRule:
     spare: bool = False
     floor: float = FLOOR
     slow_start: bool = False
-    idle: bool = False
 
     @property
     def first_change(self) -> int:
@@ -90,8 +88,7 @@ class VarianceRule:
 
         A head that takes its first steps at the full rate loses more by them than some steps of all layers are worth.
         """
-        waits = self.slow_start and not self.idle and step < _LONGEST_HOLD
-        return waits and not bool(statistics.known().any())
+        return self.slow_start and step < _LONGEST_HOLD and not bool(statistics.known().any())
 
     def multipliers(
         self, statistics: LayerStatistics, rows: dict[str, Tensor], numel: Tensor, group: Sequence[int], step: int
@@ -115,9 +112,7 @@ class VarianceRule:
         acting, bounds = torch.ones_like(known), self.bounds
         free = statistics.scale_free()
         mostly_free = 2 * int(free.sum()) >= len(free)
-        if self.idle:
-            acting = torch.zeros_like(known)
-        elif self.spare and self.reference == "start":
+        if self.spare and self.reference == "start":
             acting = free.any().expand_as(known)
         elif self.spare:
             acting = known & statistics.scale_counts()

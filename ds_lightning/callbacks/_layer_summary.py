@@ -64,7 +64,7 @@ def no_effect(scaled: Sequence[ScaledSteps], trainer: pl.Trainer) -> str | None:
         )
     if max(one.largest_change for one in scaled) > UNCHANGED:
         return None
-    if any(one.rule.idle for one in scaled):
+    if any(one.idle for one in scaled):
         return (
             "the scales of norm layers differ between channels, as after training, and in fine-tuning the default rule "
             "scales nothing with SGD: remove the callback, or name a rule"

@@ -1,7 +1,6 @@
 """One optimizer whose steps are scaled layer by layer."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from operator import is_
 from typing import Any
 
@@ -12,11 +11,11 @@ from torch.optim import Optimizer
 
 from ds_lightning.functional.gradient_statistics import gradient_variance
 
+from ._interpolation import Interpolation
 from ._layer_fade import Fade
 from ._layer_history import LayerHistory
 from ._layer_norms import read_norms
 from ._layer_rules import VarianceRule as VarianceRule
-from ._layer_shards import is_sharded, local_part
 from ._layer_statistics import LayerStatistics, Reading
 from ._layers import Layer, group_numbers
 
@@ -37,7 +36,7 @@ class ScaledSteps:
         broadcast: statistics come from rank 0.
         groups: which layers share one multiplier, as `group_numbers` takes it.
         find_vectors: returns the other parameters, whose multiplier is the rule's `vectors`.
-        trained: tells of layers that are new to the optimizer whether they were trained before; then the rule idles.
+        trained: tells of layers that are new to the optimizer whether they were trained before; then nothing is scaled.
     """
 
     def __init__(
@@ -55,6 +54,7 @@ class ScaledSteps:
         self.steps = 0
         self._read = 0  # the step of the last reading
         self._held = False
+        self.idle = False  # all multipliers are 1, because the network was trained before
         self.smallest, self.largest = 1.0, 1.0  # over the whole fit
         self.readings, self.changed = 0, 0  # how many counted, and after how many a multiplier differed from 1
         self.history = LayerHistory()
@@ -75,15 +75,10 @@ class ScaledSteps:
         self._reading: Reading | None = None
         self._used: list[float] = []
         self._noted = False  # whether those are in `smallest` and `largest`
-        self._scaled: list[Tensor] = []
-        self._parts: list[Tensor] = []  # of the scaled tensors, on this process, within a step
-        self._sharded = False
-        self._retreat: list[float] = []
-        self._buffers: list[Tensor] = []
-        self._snapshot: tuple[Tensor, ...] | list[Tensor] | None = None
+        self._interpolation = Interpolation()
         self._find_layers(self._parameters())
         # Without any scale or shift there is no norm layer, and a rule that is not named scales nothing.
-        if self.rule.holds(self.statistics, 0) and find_vectors is not None and find_vectors(self._stepped):
+        if self._waits() and find_vectors is not None and find_vectors(self._stepped):
             self._hold(True)
         self._handles = [
             optimizer.register_step_pre_hook(self._before_step),
@@ -125,7 +120,7 @@ class ScaledSteps:
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
-        self._snapshot = None
+        self._interpolation.snapshot = None
         if closure is None:
             self._before_update()
             return None
@@ -168,26 +163,11 @@ class ScaledSteps:
             self._noted = True
         if self.layers and ((self.steps - 1) % self.rule.every == 0 or held != self._held):
             self.history.add(self.steps - 1, self.multipliers)
-        if self._scaled:
-            # Asked for in each step: nothing promises that a sharded parameter keeps its memory.
-            self._parts = [local_part(tensor) for tensor in self._scaled] if self._sharded else self._scaled
-            self._snapshot = self._copies(self._parts)
+        self._interpolation.before_update()
 
     @torch.no_grad()
     def _after_step(self, *_: Any) -> None:
-        if self._snapshot is not None:
-            torch._foreach_lerp_(self._parts, self._snapshot, self._retreat)
-            self._snapshot, self._parts = None, []
-
-    def _copies(self, tensors: list[Tensor]) -> tuple[Tensor, ...] | list[Tensor]:
-        if tensors[0].is_cuda:
-            # The caching allocator makes this free, and no memory is held while the activations need it.
-            return torch._foreach_mul(tensors, 1.0)
-        # Elsewhere fresh pages cost ten times the copy.
-        if not self._buffers:
-            self._buffers = [torch.empty_like(tensor) for tensor in tensors]
-        torch._foreach_copy_(self._buffers, tensors)
-        return self._buffers
+        self._interpolation.after_update()
 
     def _parameters(self) -> list[Tensor]:
         return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
@@ -201,7 +181,7 @@ class ScaledSteps:
         known = set(self.statistics.names)  # pruning replaces a layer's tensors, and not its name
         new = [layer for layer in self.layers if layer.name not in known]
         if new and self._trained is not None and self._trained(new):
-            self.rule = replace(self.rule, idle=True)
+            self.idle = True
         self.statistics = self.statistics.aligned([layer.name for layer in self.layers])
         self._use_multipliers()
 
@@ -231,10 +211,12 @@ class ScaledSteps:
         if "inner" in self.rule.extra_rows:
             self.statistics.add_radial(rows, numel)
         if self._held:
-            self._hold(self.rule.holds(self.statistics, self.steps))
+            self._hold(self._waits())
             if self._held:
                 return
-        wanted = self.rule.multipliers(self.statistics, rows, numel, self.groups, self.steps)
+        wanted = [1.0] * len(self.layers)
+        if not self.idle:
+            wanted = self.rule.multipliers(self.statistics, rows, numel, self.groups, self.steps)
         # A group without a gradient in that step keeps its multiplier until it trains again.
         trained = {group for group, ok in zip(self.groups, fresh, strict=True) if ok}
         self.statistics.multipliers = [
@@ -245,6 +227,9 @@ class ScaledSteps:
         self.readings += 1
         self.changed += any(abs(m - 1) > _UNCHANGED for m in self._used)
 
+    def _waits(self) -> bool:
+        return not self.idle and self.rule.holds(self.statistics, self.steps)
+
     def _hold(self, held: bool) -> None:
         """Let all layers wait at the lowest multiplier, or no longer."""
         self._held = held
@@ -252,14 +237,11 @@ class ScaledSteps:
         self._use_multipliers()
 
     def _use_multipliers(self) -> None:
-        before, self._scaled = self._scaled, []
+        scaled: list[Tensor] = []
         for layer, m in zip(self.layers, self.statistics.multipliers, strict=True):
             if m != 1:
-                self._scaled += layer.tensors
-        self._scaled += self._vectors
-        if len(before) != len(self._scaled) or not all(map(is_, before, self._scaled)):
-            self._buffers = []
-            self._sharded = any(map(is_sharded, self._scaled))
+                scaled += layer.tensors
+        self._interpolation.use(scaled + self._vectors)
         if self.rule.fade:
             at = {id(p): i for i, group in enumerate(self.optimizer.param_groups) for p in group["params"]}
             self._layer_groups = [at[id(layer.weight)] for layer in self.layers]
@@ -270,7 +252,7 @@ class ScaledSteps:
         """Fade the multipliers to what is used in this step; the tensors stay the same."""
         multipliers = self.statistics.multipliers
         self._used = self._fade.faded(multipliers, self._layer_groups) if self.rule.fade else multipliers
-        self._retreat = [
+        retreat = [
             1 - used
             for layer, m, used in zip(self.layers, multipliers, self._used, strict=True)
             if m != 1
@@ -279,7 +261,7 @@ class ScaledSteps:
         vectors = [self.rule.vectors] * len(self._vectors)
         if self.rule.fade:
             vectors = self._fade.faded(vectors, self._vector_groups)
-        self._retreat += [1 - m for m in vectors]
+        self._interpolation.retreat = retreat + [1 - m for m in vectors]
         self._noted = False
 
     def state_dict(self) -> dict[str, Any]:
@@ -287,7 +269,7 @@ class ScaledSteps:
             "steps": self.steps,
             "read": self._read,
             "held": self._held,
-            "idle": self.rule.idle,
+            "idle": self.idle,
             "range": [self.smallest, self.largest],
             "readings": [self.readings, self.changed],
             "fade": self._fade.state_dict(),
@@ -301,7 +283,7 @@ class ScaledSteps:
         """Go on from a state, layers matched by name; return how many layers are new and how many are gone."""
         self.steps, self._held = state["steps"], state.get("held", False)
         # The weights of a checkpoint look as in fine-tuning; what counts is what its fit started from.
-        self.rule = replace(self.rule, idle=self.rule.spare and state.get("idle", False))
+        self.idle = self._trained is not None and state.get("idle", False)
         # Of a checkpoint from when readings were equally far apart.
         last = max(0, self.steps - 1) // self.rule.every * self.rule.every
         self._read = state.get("read", last)

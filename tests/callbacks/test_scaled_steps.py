@@ -88,7 +88,7 @@ def test_multiplier_one_is_bit_equal_and_copies_nothing():
     train(plain, torch.optim.AdamW(plain.parameters()), steps=5)
     optimizer = torch.optim.AdamW(net.parameters())
     scaled = scale(net, optimizer)
-    optimizer.register_step_post_hook(lambda *_: seen.append(scaled._snapshot))
+    optimizer.register_step_post_hook(lambda *_: seen.append(scaled._interpolation.snapshot))
     seen: list[object] = []
     train(net, optimizer, steps=5)
     assert all(torch.equal(a, b) for a, b in zip(net.parameters(), plain.parameters(), strict=True))
