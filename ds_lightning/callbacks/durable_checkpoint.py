@@ -26,7 +26,9 @@ class DurableCheckpoint(ModelCheckpoint):
     save there are always two different whole files; a checkpoint is loaded with `weights_only=True`, after its CRC-32
     sums were compared, unless `weights_only=False` is said.
 
-    What it logs: nothing. In the checkpoint: ModelCheckpoint's state, under this class's name.
+    What it logs: nothing; but a logger with a method `hand_over` (`MLflowTracker`) is asked to get what it holds out of
+    the process before a checkpoint is written: a kill loses no metric that the checkpoint is ahead of. In the
+    checkpoint: ModelCheckpoint's state, under this class's name.
 
     Limits: strategies that write folders of shards (FSDP, ModelParallel, DeepSpeed) keep Lightning's way, with a
     warning; so do paths such as `s3://`. `save_last="link"` writes half as much, but replaces the link in two steps:
@@ -106,6 +108,13 @@ class DurableCheckpoint(ModelCheckpoint):
         """Save as ModelCheckpoint does; no question is asked in a batch that can't be due."""
         if self._every_n_train_steps > 0 or self._train_time_interval is not None:
             super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Get the metrics up to here out of this process: a fit that goes on from the checkpoint won't log them."""
+        for logger in trainer.loggers:
+            # MLflowTracker's; the room of loggers is above this one.
+            if (hand_over := getattr(logger, "hand_over", None)) is not None:
+                hand_over()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Give the strategy the durable writer; called by Lightning before a checkpoint is loaded."""

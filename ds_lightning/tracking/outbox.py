@@ -12,13 +12,13 @@ from ds_lightning.tracking.child import Child
 from ds_lightning.tracking.direct import DirectWriter
 from ds_lightning.tracking.kept import Kept
 from ds_lightning.tracking.notices import Notices, first_line
-
-Call = dict[str, Any]
+from ds_lightning.tracking.undelivered import Call, Undelivered
 
 _PERIOD_SECONDS = 1.0
 _IDLE_SECONDS = 120.0
 _AT_EXIT_SECONDS = 10.0
 _START_SECONDS = 60.0
+_HAND_OVER_SECONDS = 1.0
 # About 100 MB: a server that stays away must not fill the memory.
 _MAX_ROWS_KEPT = 500_000
 
@@ -41,12 +41,11 @@ class Outbox:
         self._delivery = threading.Lock()
         self._wake = threading.Event()
         self._rows = Batches()
-        self._calls: dict[int, Call] = {}
-        self._kept_rows = self._next_id = self._sent_until = 0
+        self._calls = Undelivered()
         self._child: Child | None = None
         self._deaths = 0
         self._courier: threading.Thread | None = None
-        self._closed = self._waiting_said = False
+        self._closed = self._waiting_said = self._urgent = False
         self._progress = self._busy_at = 0.0
         self._notices = Notices()
         self._kept = Kept(spool, self._notices)
@@ -59,8 +58,26 @@ class Outbox:
     def call(self, run: str, kind: str, **content: Any) -> None:
         """Take a call of another kind; `calls.apply` says which there are."""
         with self._changed:
-            self._add({"kind": kind, "run": run, **content})
+            self._calls.add({"kind": kind, "run": run, **content})
         self._after_taking(False)
+
+    def hand_over(self) -> None:
+        """Get what was taken so far out of this process, so that a kill of it loses nothing of that.
+
+        It goes to the writer; while that is starting, into a store on this machine. A writer that does not read is
+        waited for a second, and once it has died twice, a server is left to the courier.
+        """
+        with self._changed:
+            self._seal()
+            here = self._can_write_here()
+        if here:
+            self._write_here()
+        elif self._deaths <= 1:
+            self._ensure_courier()
+            with self._changed:
+                self._urgent = not self._calls.all_arrived()
+                self._wake.set()
+                self._changed.wait_for(self._calls.all_arrived, _HAND_OVER_SECONDS)
 
     def flush(self, run: str | None, timeout: float) -> bool:
         """Wait until everything of a run is written.
@@ -77,7 +94,7 @@ class Outbox:
             with self._changed:
                 self._seal()
                 waiting = self._has(run)
-                alone = self._nothing_is_out() and not self._kept.has(None) and self._writes_here_are_cheap()
+                alone = self._can_write_here()
                 quiet_since = max(started, self._progress)
                 starting = self._child is not None and not self._child.ready and not self._child.gone
             if not waiting:
@@ -113,7 +130,7 @@ class Outbox:
         if child is not None:
             child.hear_out()
         with self._changed:
-            left = [call for call in self._calls.values() if run in (None, call["run"])]
+            left = self._calls.of(run)
             for call in left:
                 self._forget(call["id"])
             runs = self._kept.give_up(run, left)
@@ -144,38 +161,30 @@ class Outbox:
             self._wake.set()
         self._notices.say()
 
-    def _add(self, call: Call) -> None:  # with self._changed held
-        call["id"] = self._next_id
-        self._calls[self._next_id] = call
-        self._next_id += 1
-        self._kept_rows += len(call.get("rows", ()))
-
     def _forget(self, number: int) -> Call | None:  # with self._changed held
-        call = self._calls.pop(number, None)
+        call = self._calls.pop(number)
         if call is not None:
-            self._kept_rows -= len(call.get("rows", ()))
             self._progress = time.monotonic()
             self._changed.notify_all()
         return call
 
     def _seal(self) -> None:  # with self._changed held
         for call in self._rows.take():
-            self._add(call)
+            self._calls.add(call)
 
     def _has(self, run: str | None) -> bool:  # with self._changed held
-        if run is None:
-            return bool(self._calls) or self._kept.has(None)
-        return self._kept.has(run) or any(c["run"] == run for c in self._calls.values())
+        return self._kept.has(run) or bool(self._calls.of(run))
 
     def _nothing_is_out(self, run: str | None = None) -> bool:  # with self._changed held
         if self._child is not None and self._kept.has(run):
             return False
-        return not any(n < self._sent_until and run in (None, c["run"]) for n, c in self._calls.items())
+        return not self._calls.any_sent(run)
 
-    def _writes_here_are_cheap(self) -> bool:  # with self._changed held
+    def _can_write_here(self) -> bool:  # with self._changed held
         """Tell whether a short run need not wait for the writer's start (a dead server would block us)."""
         not_ready = self._child is None or not self._child.ready
-        return not_ready and not self._uri.startswith(("http", "databricks", "uc"))
+        near = not self._uri.startswith(("http", "databricks", "uc"))
+        return not_ready and near and self._nothing_is_out() and not self._kept.has(None)
 
     def _ensure_courier(self) -> None:
         if self._courier is None:
@@ -196,7 +205,7 @@ class Outbox:
                 elif self._child is not None and now - self._busy_at > _IDLE_SECONDS:
                     self._drop_child(kill=False)
                 anything = self._has(None) and not self._closed
-                too_many = self._kept_rows > _MAX_ROWS_KEPT
+                too_many = self._calls.rows > _MAX_ROWS_KEPT
             if too_many:
                 self._give_up(None, f"more than {_MAX_ROWS_KEPT:,} metrics are waiting for the tracking server")
             elif anything:
@@ -211,13 +220,16 @@ class Outbox:
                 return
             with self._changed:
                 child = self._child
-                if child is None or not child.ready:
+                if child is None or not (child.ready or self._urgent):
                     return
-                calls = [call for number, call in self._calls.items() if number >= self._sent_until]
-                self._sent_until = self._next_id
+                calls, self._urgent = self._calls.send(), False
             for call in calls:
                 if not child.send(json.dumps(call)):
                     return
+            with self._changed:
+                if child is self._child:
+                    self._calls.arrived(calls)
+                    self._changed.notify_all()
 
     def _start_child(self) -> bool:  # with self._delivery held
         try:
@@ -243,7 +255,7 @@ class Outbox:
             with self._changed:
                 if not self._nothing_is_out():
                     return
-                runs, calls = self._kept.pending(), list(self._calls.values())
+                runs, calls = self._kept.pending(), self._calls.of(None)
             self._direct.write(runs, calls)
 
     def _on_answer(self, answer: dict[str, Any]) -> None:
@@ -294,6 +306,6 @@ class Outbox:
     def _drop_child(self, kill: bool) -> None:  # with self._changed held
         child, self._child = self._child, None
         # What it had and did not acknowledge goes to the next one.
-        self._sent_until = 0
+        self._calls.come_back()
         if child is not None:
             child.end(kill)

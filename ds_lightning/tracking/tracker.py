@@ -107,7 +107,7 @@ class MLflowTracker(MLFlowLogger):
         self._experiment_id: str | None = None
         self._copy_id: str | None = None
         self._rows, self._curves = MetricRows(prefix), Curves()
-        self._provenance_logged = self._resuming = False
+        self._provenance_logged = self._resuming = self._saved = False
         self._dataset, self._monitor, self._best = TrainingData(), SystemMetrics(), BestCheckpoint()
 
     @property
@@ -159,6 +159,19 @@ class MLflowTracker(MLFlowLogger):
         """
         self._run.metrics(rows)
         self._curves.add_rows(rows)
+        if self._saved:
+            # Lightning logs the step and the epoch of a checkpoint when the checkpoint is on the disk.
+            self._saved = False
+            self.hand_over()
+
+    @rank_zero_only
+    def hand_over(self) -> None:
+        """Get what was logged out of this process: what a checkpoint is ahead of would be lost for good by a kill.
+
+        It is done after each save of a ModelCheckpoint; DurableCheckpoint does it before, too.
+        """
+        if self._opened is not None:
+            self._opened.outbox.hand_over()
 
     @rank_zero_only
     def log_hyperparams(self, params: dict[str, Any] | Namespace) -> None:
@@ -242,8 +255,10 @@ class MLflowTracker(MLFlowLogger):
 
     @rank_zero_only
     def after_save_checkpoint(self, checkpoint_callback: ModelCheckpoint) -> None:
-        """Remember who saves checkpoints."""
+        """Remember who saves checkpoints, and get the metrics up to this one out of the process."""
         self._best.watch(checkpoint_callback)
+        self._saved = True
+        self.hand_over()
 
     @rank_zero_only
     def finalize(self, status: str = "success") -> None:

@@ -66,14 +66,14 @@ class _Writer:
         settings = json.loads(self._source.readline())
         self._uri, self._spool = settings["uri"], Path(settings["spool"])
         self._spooled.update(dict.fromkeys(settings["pending"]))
-        threading.Thread(target=self._read, daemon=True).start()
-        from mlflow import MlflowClient
-
-        client = MlflowClient(self._uri)
-        self._present = Present(client)
         keeper = threading.Thread(target=self._keep)
-        # Before the first call can come: none is sent to a writer that isn't ready.
+        # First: calls may have been sent before MLflow is imported, and who goes on with the run must wait for them.
         with at_work(self._spool, settings["training"]):
+            threading.Thread(target=self._read, daemon=True).start()
+            from mlflow import MlflowClient
+
+            client = MlflowClient(self._uri)
+            self._present = Present(client)
             keeper.start()
             self._answer({"ready": True})
             try:

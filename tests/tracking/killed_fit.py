@@ -1,4 +1,9 @@
-"""A fit that logs at every step; as a process (`killed_fit.py STORE CHECKPOINTS`) it kills itself after 27 steps."""
+"""A fit that logs at every step; as a process it kills itself.
+
+`killed_fit.py STORE CHECKPOINTS` does it after 27 steps, `killed_fit.py STORE CHECKPOINTS AT` at the checkpoint of step
+20 or 21: AT is `file` (its file is there, no callback knows yet), `saved` (its callback has returned) or `logged`
+(in an epoch, and its step's metrics are logged).
+"""
 
 import os
 import signal
@@ -11,6 +16,8 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from ds_lightning.callbacks import DurableCheckpoint
+from ds_lightning.checkpoints import DurableCheckpointIO
 from ds_lightning.tracking import MLflowTracker
 
 
@@ -47,10 +54,34 @@ class Kill(Callback):
         if trainer.global_step == self.at:
             # Some of it is on its way to the writer, and outlives us there.
             trainer.logger._run.outbox._wake.set()
-            os.kill(os.getpid(), signal.SIGKILL)
+            die()
 
 
-def fit(store, folder, run_id=None, kill_at=0):
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+class KillWithFile(DurableCheckpointIO):
+    def save_checkpoint(self, checkpoint, path, storage_options=None):
+        super().save_checkpoint(checkpoint, path, storage_options)
+        if checkpoint["global_step"] == 20:
+            die()
+
+
+class KillWhenSaved(ModelCheckpoint):
+    def on_train_epoch_end(self, trainer, module):
+        super().on_train_epoch_end(trainer, module)
+        if trainer.global_step == 20:
+            die()
+
+
+class KillWhenLogged(ModelCheckpoint):
+    def on_train_batch_start(self, trainer, module, batch, index):
+        if trainer.global_step == 21:
+            die()
+
+
+def fit(store, folder, run_id=None, resume="step=10.ckpt", callbacks=(), plugins=None):
     folder.mkdir(exist_ok=True)
     x = torch.randn(40, 4, generator=torch.Generator().manual_seed(0))
     loader = DataLoader(TensorDataset(x), batch_size=4)
@@ -58,14 +89,23 @@ def fit(store, folder, run_id=None, kill_at=0):
     trainer = Trainer(
         max_epochs=4,
         logger=tracker,
-        callbacks=[ModelCheckpoint(folder, "{step}", save_top_k=-1), Kill(folder / "logged", kill_at)],
+        callbacks=list(callbacks),
+        plugins=plugins,
         log_every_n_steps=1,
         accelerator="cpu",
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    trainer.fit(Deterministic(), loader, loader, ckpt_path=folder / "step=10.ckpt" if run_id else None)
+    trainer.fit(Deterministic(), loader, loader, ckpt_path=folder / resume if run_id else None)
 
 
 if __name__ == "__main__":
-    fit(Path(sys.argv[1]), Path(sys.argv[2]), kill_at=27)
+    store, folder, at = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3] if sys.argv[3:] else ""
+    if at == "file":
+        fit(store, folder, callbacks=[DurableCheckpoint(folder, "{step}", save_top_k=-1)], plugins=[KillWithFile()])
+    elif at == "saved":
+        fit(store, folder, callbacks=[KillWhenSaved(folder, "{step}", save_top_k=-1)])
+    elif at == "logged":
+        fit(store, folder, callbacks=[KillWhenLogged(folder, "{step}", save_top_k=-1, every_n_train_steps=7)])
+    else:
+        fit(store, folder, callbacks=[ModelCheckpoint(folder, "{step}", save_top_k=-1), Kill(folder / "logged", 27)])

@@ -79,7 +79,7 @@ box.metrics(sys.argv[3], rows[:1])
 while not (box._child and box._child.ready):
     time.sleep(0.01)
 box.metrics(sys.argv[3], rows[1:])
-while box._sent_until < 7:
+while box._calls._sent_below < 7:
     time.sleep(0.001)
 with box._delivery:
     os.kill(os.getpid(), signal.SIGKILL)

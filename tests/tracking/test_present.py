@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 from filelock import FileLock
-from killed_fit import fit
+from killed_fit import Kill, fit
 from stub_server import StubServer
 from tracking_helpers import rows_of, wait_until
 
@@ -129,7 +129,7 @@ def test_a_fit_that_is_killed_and_goes_on_logs_each_step_once(store, root, tmp_p
     (run,) = client.search_runs([client.get_experiment_by_name("x").experiment_id])
     run_id = run.info.run_id
     # The kill lost nothing that the writer had, and the orphan may still be at it: that is ours to wait for.
-    fit(root, tmp_path / "checkpoints", run_id)
+    fit(root, tmp_path / "checkpoints", run_id, callbacks=[Kill(tmp_path / "checkpoints" / "logged", 0)])
     found = Counter((key, step) for key, _, step in rows_of(store, run_id))
     # Lightning itself logs the epoch twice where there is a validation: with its metrics and with the step's.
     assert {point: count for point, count in found.items() if count != 1} == {("epoch", s): 2 for s in (9, 19, 29, 39)}

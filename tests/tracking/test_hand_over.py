@@ -1,0 +1,108 @@
+"""A kill right after a checkpoint: what was logged up to it is in MLflow, for a resumed fit won't log it again."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from killed_fit import fit
+from stub_server import StubServer, rows_in
+from tracking_helpers import rows_of, wait_until
+
+from ds_lightning.callbacks import DurableCheckpoint
+from ds_lightning.tracking import MLflowTracker
+from ds_lightning.tracking.outbox import Outbox
+from ds_lightning.tracking.runs import open_run
+from ds_lightning.tracking.store import connect
+
+HANDED_OVER = """
+import os, signal, sys, time
+from pathlib import Path
+from ds_lightning.tracking.outbox import Outbox
+box = Outbox(sys.argv[1], Path(sys.argv[2]))
+rows = [("m", float(s), 1000 + s, s) for s in range(3_000)]
+if sys.argv[4] != "new":
+    box.metrics(sys.argv[3], rows[:1])
+    while not (box._child and (box._child.ready or sys.argv[4] == "starting")):
+        time.sleep(0.001)
+box.metrics(sys.argv[3], rows)
+box.hand_over()
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def killed_after_hand_over(uri, spool, run, when):
+    command = [sys.executable, "-c", HANDED_OVER, uri, str(spool), run, when]
+    assert subprocess.run(command, check=False, timeout=120).returncode == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("when", ["new", "starting", "ready"])
+def test_a_kill_right_after_it_loses_nothing(store, when):
+    run = open_run(store, "x").run_id
+    killed_after_hand_over(store.uri, store.spool, run, when)
+    wait_until(lambda: len(rows_of(store, run)) >= 3_000)
+    assert rows_of(store, run) == [("m", float(step), step) for step in range(3_000)]
+
+
+@pytest.mark.parametrize("when", ["new", "ready"])
+def test_a_server_gets_it_from_a_writer_that_was_still_starting(tmp_path, when):
+    server = StubServer(str(tmp_path / "artifacts"), file=tmp_path / "rows")
+    killed_after_hand_over(server.uri, tmp_path / "spool", "f" * 32, when)
+    wait_until(lambda: len(rows_in(tmp_path / "rows")) >= 3_000)
+    assert {row["step"] for row in rows_in(tmp_path / "rows")} == set(range(3_000))
+    server.die()
+
+
+def test_neither_a_frozen_writer_nor_a_dead_server_holds_training_up(tmp_path):
+    server = StubServer(str(tmp_path / "artifacts"))
+    box = Outbox(server.uri, tmp_path / "spool")
+    box.metrics("f" * 32, [("m", 0.0, 0, 0)])
+    assert box.flush(None, 60)
+    server.die()
+    os.kill(box._child.pid, signal.SIGSTOP)
+    # More than the pipe holds: the courier is stuck in it.
+    box.metrics("f" * 32, [("m" * 200, 0.0, step, step) for step in range(20_000)])
+    for _ in range(3):
+        started = time.monotonic()
+        box.hand_over()
+        assert time.monotonic() - started < 5.0
+    os.kill(box._child.pid, signal.SIGKILL)
+    wait_until(lambda: box._deaths == 1 and box._child is not None)
+    os.kill(box._child.pid, signal.SIGKILL)
+    wait_until(lambda: box._deaths == 2)
+    started = time.monotonic()
+    box.hand_over()
+    assert time.monotonic() - started < 1.0, "the courier has the server to wait for, this thread has not"
+    with pytest.warns(RuntimeWarning, match="were not written to MLflow"):
+        box.give_up(None)
+    box.close()
+
+
+@pytest.mark.parametrize(("at", "step"), [("file", 20), ("saved", 20), ("logged", 21)])
+def test_no_step_is_missing_when_a_fit_is_killed_at_a_checkpoint(store, root, tmp_path, at, step):
+    folder = tmp_path / "checkpoints"
+    command = [sys.executable, "-W", "ignore", str(Path(__file__).with_name("killed_fit.py")), root, folder, at]
+    assert subprocess.run(command, check=False, timeout=300).returncode == -signal.SIGKILL
+    client = connect(store)
+    (run,) = client.search_runs([client.get_experiment_by_name("x").experiment_id])
+    fit(root, folder, run.info.run_id, resume=f"step={step}.ckpt")
+    rows = rows_of(store, run.info.run_id)
+    assert sorted(step for key, _, step in rows if key == "train/loss") == list(range(40))
+    assert sorted(step for key, _, step in rows if key == "val/loss") == [9, 19, 29, 39]
+
+
+def test_other_loggers_and_other_ranks_are_left_alone(root, monkeypatch):
+    from lightning.pytorch import Trainer
+    from lightning.pytorch.loggers import CSVLogger
+    from lightning_utilities.core.rank_zero import rank_zero_only
+
+    monkeypatch.setattr(rank_zero_only, "rank", 1)
+    tracker = MLflowTracker("x", store=root)
+    tracker.hand_over()
+    assert tracker._opened is None
+    trainer = Trainer(logger=[tracker, CSVLogger(root)], accelerator="cpu")
+    DurableCheckpoint().on_save_checkpoint(trainer, None, {})
+    assert tracker._opened is None
