@@ -34,7 +34,8 @@ class DirectWriter:
         """Send the spool of runs, then calls; stop at the first that the server doesn't answer."""
         try:
             self._client = self._client or connect(Store(self._uri, None, self._spool.parent / "checkpoints"))
-        except ConfigError as error:
+        # OSError: also the Timeout of the lock under which a database is opened.
+        except (ConfigError, OSError) as error:
             self._wait(str(error))
             return
         self._present = self._present or Present(self._client)

@@ -45,7 +45,7 @@ class Outbox:
         self._child: Child | None = None
         self._deaths = 0
         self._courier: threading.Thread | None = None
-        self._closed = self._waiting_said = self._urgent = False
+        self._closed = self._waiting_said = self._urgent = self._stuck = False
         self._progress = self._busy_at = 0.0
         self._notices = Notices()
         self._kept = Kept(spool, self._notices)
@@ -61,23 +61,26 @@ class Outbox:
             self._calls.add({"kind": kind, "run": run, **content})
         self._after_taking(False)
 
-    def hand_over(self) -> None:
+    def hand_over(self) -> bool:
         """Get what was taken so far out of this process, so that a kill of it loses nothing of that.
 
-        It goes to the writer; while that is starting, into a store on this machine. A writer that does not read is
-        waited for a second, and once it has died twice, a server is left to the courier.
+        The courier gives it to the writer, or, while that is starting, writes it into a store that is no server. A
+        second at most is waited for that, and not again before something gets through.
+
+        Returns:
+            Whether all of it is out.
         """
+        self._ensure_courier()
         with self._changed:
             self._seal()
-            here = self._can_write_here()
-        if here:
-            self._write_here()
-        elif self._deaths <= 1:
-            self._ensure_courier()
-            with self._changed:
-                self._urgent = not self._calls.all_arrived()
-                self._wake.set()
-                self._changed.wait_for(self._calls.all_arrived, _HAND_OVER_SECONDS)
+            upto = self._calls.next
+            if self._calls.all_arrived(upto):
+                return True
+            self._urgent = True
+            self._wake.set()
+            seconds = 0.0 if self._stuck else _HAND_OVER_SECONDS
+            self._stuck = not self._changed.wait_for(lambda: self._calls.all_arrived(upto), seconds)
+            return not self._stuck
 
     def flush(self, run: str | None, timeout: float) -> bool:
         """Wait until everything of a run is written.
@@ -164,7 +167,7 @@ class Outbox:
     def _forget(self, number: int) -> Call | None:  # with self._changed held
         call = self._calls.pop(number)
         if call is not None:
-            self._progress = time.monotonic()
+            self._progress, self._stuck = time.monotonic(), False
             self._changed.notify_all()
         return call
 
@@ -222,14 +225,19 @@ class Outbox:
                 child = self._child
                 if child is None or not (child.ready or self._urgent):
                     return
-                calls, self._urgent = self._calls.send(), False
+                # Not what a reopened run has, or its spool: they ask MLflow for histories, on our GIL.
+                here = self._can_write_here() and not (self._kept.pending() or self._calls.any_resumed())
+                calls = [] if here else self._calls.send()
             for call in calls:
                 if not child.send(json.dumps(call)):
                     return
             with self._changed:
-                if child is self._child:
+                if child is self._child and not here:
                     self._calls.arrived(calls)
+                    self._urgent = self._stuck = False
                     self._changed.notify_all()
+        if here:
+            self._write_here()
 
     def _start_child(self) -> bool:  # with self._delivery held
         try:

@@ -30,6 +30,7 @@ from ds_lightning.tracking.metrics import MetricRows
 from ds_lightning.tracking.params import clean_name, flatten, plain
 from ds_lightning.tracking.provenance import log_provenance
 from ds_lightning.tracking.runs import Run, open_run
+from ds_lightning.tracking.saved_step import SavedStep
 from ds_lightning.tracking.store import Store, locate
 from ds_lightning.tracking.system import SystemMetrics
 
@@ -107,8 +108,9 @@ class MLflowTracker(MLFlowLogger):
         self._experiment_id: str | None = None
         self._copy_id: str | None = None
         self._rows, self._curves = MetricRows(prefix), Curves()
-        self._provenance_logged = self._resuming = self._saved = False
-        self._dataset, self._monitor, self._best = TrainingData(), SystemMetrics(), BestCheckpoint()
+        self._provenance_logged = self._resuming = False
+        self._dataset, self._monitor = TrainingData(), SystemMetrics()
+        self._best, self._saved = BestCheckpoint(), SavedStep()
 
     @property
     @rank_zero_experiment
@@ -159,16 +161,15 @@ class MLflowTracker(MLFlowLogger):
         """
         self._run.metrics(rows)
         self._curves.add_rows(rows)
-        if self._saved:
-            # Lightning logs the step and the epoch of a checkpoint when the checkpoint is on the disk.
-            self._saved = False
+        if self._saved.is_now():
             self.hand_over()
 
     @rank_zero_only
     def hand_over(self) -> None:
         """Get what was logged out of this process: what a checkpoint is ahead of would be lost for good by a kill.
 
-        It is done after each save of a ModelCheckpoint; DurableCheckpoint does it before, too.
+        It is done after each save of a ModelCheckpoint; DurableCheckpoint does it before, too. It takes a second at
+        most, where the writer or the store does not answer.
         """
         if self._opened is not None:
             self._opened.outbox.hand_over()
@@ -209,6 +210,7 @@ class MLflowTracker(MLFlowLogger):
         if self._system_metrics:
             self._monitor.start(run)
         trainer = model._trainer if isinstance(model, LightningModule) else None
+        self._saved.watch(trainer)
         self._resuming = run.goes_on and isinstance(trainer, Trainer) and trainer.state.fn == TrainerFn.FITTING
         if not self._provenance_logged:
             self._provenance_logged = True
@@ -257,7 +259,7 @@ class MLflowTracker(MLFlowLogger):
     def after_save_checkpoint(self, checkpoint_callback: ModelCheckpoint) -> None:
         """Remember who saves checkpoints, and get the metrics up to this one out of the process."""
         self._best.watch(checkpoint_callback)
-        self._saved = True
+        self._saved.note()
         self.hand_over()
 
     @rank_zero_only
@@ -313,7 +315,7 @@ class MLflowTracker(MLFlowLogger):
         if self._run_id is None and self._copy_id is None:
             self._copy_id = uuid.uuid4().hex
         fresh = {"_dataset": TrainingData(), "_monitor": SystemMetrics(), "_best": BestCheckpoint()}
-        return {**self.__dict__, **fresh, "_opened": None}
+        return {**self.__dict__, **fresh, "_saved": SavedStep(), "_opened": None}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "MLflowTracker":
         mine = self._copy_id

@@ -15,15 +15,16 @@ class Undelivered:
     def __init__(self) -> None:
         self.rows = 0
         self._calls: dict[int, Call] = {}
-        self._next = 0
+        # The number that the next call will have.
+        self.next = 0
         # Calls with a number below these are on their way, and with the writer.
         self._sent_below = self._arrived_below = 0
 
     def add(self, call: Call) -> None:
         """Give a call its number and keep it."""
-        call["id"] = self._next
-        self._calls[self._next] = call
-        self._next += 1
+        call["id"] = self.next
+        self._calls[self.next] = call
+        self.next += 1
         self.rows += len(call.get("rows", ()))
 
     def pop(self, number: int) -> Call | None:
@@ -41,14 +42,18 @@ class Undelivered:
         """Tell whether a call of a run (None: of any) is on its way or with the writer."""
         return any(call["id"] < self._sent_below for call in self.of(run))
 
-    def all_arrived(self) -> bool:
-        """Tell whether no call is here alone or on its way."""
-        return next(reversed(self._calls), -1) < self._arrived_below
+    def any_resumed(self) -> bool:
+        """Tell whether there are metrics of a reopened run, which MLflow may have already."""
+        return any("resumed" in call for call in self._calls.values())
+
+    def all_arrived(self, upto: int) -> bool:
+        """Tell whether no call with a number below `upto` is here alone or on its way."""
+        return not any(self._arrived_below <= number < upto for number in self._calls)
 
     def send(self) -> list[Call]:
         """Return the calls that are here alone, and count them as on their way."""
         calls = [call for number, call in self._calls.items() if number >= self._sent_below]
-        self._sent_below = self._next
+        self._sent_below = self.next
         return calls
 
     def arrived(self, calls: list[Call]) -> None:

@@ -70,13 +70,14 @@ class _Writer:
         # First: calls may have been sent before MLflow is imported, and who goes on with the run must wait for them.
         with at_work(self._spool, settings["training"]):
             threading.Thread(target=self._read, daemon=True).start()
-            from mlflow import MlflowClient
-
-            client = MlflowClient(self._uri)
-            self._present = Present(client)
             keeper.start()
-            self._answer({"ready": True})
             try:
+                from mlflow import MlflowClient
+
+                client = MlflowClient(self._uri)
+                self._present = Present(client)
+                self._answer({"ready": True})
+                self._ready_at = time.monotonic()
                 self._work(client)
             finally:
                 with self._changed:
@@ -146,7 +147,9 @@ class _Writer:
                 delay = min(2 * delay, _LONGEST_DELAY)
 
     def _late(self) -> bool:
-        return self._ended_at is not None and time.monotonic() - self._ended_at > _LAST_EFFORT_SECONDS
+        if self._ended_at is None:
+            return False
+        return time.monotonic() - max(self._ended_at, self._ready_at) > _LAST_EFFORT_SECONDS
 
     def _deliver(self, client: "MlflowClient", call: dict[str, Any], in_doubt: bool) -> None:
         answer: dict[str, Any] = {"done": call["id"]}

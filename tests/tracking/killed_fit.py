@@ -1,8 +1,8 @@
 """A fit that logs at every step; as a process it kills itself.
 
 `killed_fit.py STORE CHECKPOINTS` does it after 27 steps, `killed_fit.py STORE CHECKPOINTS AT` at the checkpoint of step
-20 or 21: AT is `file` (its file is there, no callback knows yet), `saved` (its callback has returned) or `logged`
-(in an epoch, and its step's metrics are logged).
+20 or 21: AT is `file` (its file is there, no callback knows yet), `saved` (its callback has returned), `logged` (in an
+epoch, and its step's metrics are logged) or `validated` (in the last batch of an epoch, before a validation).
 """
 
 import os
@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from ds_lightning.callbacks import DurableCheckpoint
 from ds_lightning.checkpoints import DurableCheckpointIO
-from ds_lightning.tracking import MLflowTracker
+from ds_lightning.tracking import MLflowTracker, outbox
 
 
 class Deterministic(LightningModule):
@@ -81,6 +81,12 @@ class KillWhenLogged(ModelCheckpoint):
             die()
 
 
+class KillWhenValidated(ModelCheckpoint):
+    def on_train_epoch_start(self, trainer, module):
+        if trainer.global_step == 20:
+            die()
+
+
 def fit(store, folder, run_id=None, resume="step=10.ckpt", callbacks=(), plugins=None):
     folder.mkdir(exist_ok=True)
     x = torch.randn(40, 4, generator=torch.Generator().manual_seed(0))
@@ -100,6 +106,8 @@ def fit(store, folder, run_id=None, resume="step=10.ckpt", callbacks=(), plugins
 
 
 if __name__ == "__main__":
+    # A busy machine may take longer than the second of training.
+    outbox._HAND_OVER_SECONDS = 60.0
     store, folder, at = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3] if sys.argv[3:] else ""
     if at == "file":
         fit(store, folder, callbacks=[DurableCheckpoint(folder, "{step}", save_top_k=-1)], plugins=[KillWithFile()])
@@ -107,5 +115,7 @@ if __name__ == "__main__":
         fit(store, folder, callbacks=[KillWhenSaved(folder, "{step}", save_top_k=-1)])
     elif at == "logged":
         fit(store, folder, callbacks=[KillWhenLogged(folder, "{step}", save_top_k=-1, every_n_train_steps=7)])
+    elif at == "validated":
+        fit(store, folder, callbacks=[KillWhenValidated(folder, "{step}", save_top_k=-1, every_n_train_steps=20)])
     else:
         fit(store, folder, callbacks=[ModelCheckpoint(folder, "{step}", save_top_k=-1), Kill(folder / "logged", 27)])

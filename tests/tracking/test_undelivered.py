@@ -8,6 +8,16 @@ STEPS = st.lists(
 )
 
 
+def test_metrics_of_a_reopened_run_are_seen():
+    calls = Undelivered()
+    calls.add({"run": "a", "rows": []})
+    assert not calls.any_resumed()
+    calls.add({"run": "a", "rows": [], "resumed": "x"})
+    assert calls.any_resumed()
+    calls.pop(1)
+    assert not calls.any_resumed()
+
+
 @given(STEPS)
 def test_each_call_is_in_one_of_three_places(steps):
     """Beside three plain lists."""
@@ -39,4 +49,5 @@ def test_each_call_is_in_one_of_three_places(steps):
         assert calls.rows == sum(len(call["rows"]) for call in known)
         assert calls.any_sent(None) == bool(there + going)
         assert calls.any_sent("b") == any(call["run"] == "b" for call in there + going)
-        assert calls.all_arrived() == (not going + here)
+        for upto in range(calls.next + 1):
+            assert calls.all_arrived(upto) == (not any(call["id"] < upto for call in going + here))
