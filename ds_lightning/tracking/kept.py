@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ds_lightning.tracking.notices import Notices
-from ds_lightning.tracking.spool import count_waiting, spool, take_dropped
+from ds_lightning.tracking.spool import calls_file, count_waiting, metrics_file, spool, take_dropped
 
 
 class Kept:
@@ -57,7 +57,9 @@ class Kept:
         counts = [count_waiting(self._folder, run) for run in runs]
         if runs:
             metrics, others = (sum(count[kind] for count in counts) for kind in (0, 1))
-            self._notices.kept(metrics, others, files or [self._folder], reason)
+            # The writer may have put a part there before: all files are named.
+            both = [file(self._folder, run) for run in runs for file in (metrics_file, calls_file)]
+            self._notices.kept(metrics, others, [path for path in both if path.exists()] or [self._folder], reason)
         for run in runs:
             if dropped := take_dropped(self._folder, run, forget=False):
                 self._notices.add(f"run {run}: {dropped} lines found no room in its spool files and are lost")

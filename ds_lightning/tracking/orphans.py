@@ -10,8 +10,8 @@ from pathlib import Path
 import psutil
 from filelock import FileLock, Timeout
 
-# A writer tries a dead server for 20 s after training has gone, and one request may hang for 10 s.
-_LONGEST_WAIT_SECONDS = 45.0
+# A writer tries a dead server for 20 s after it is ready and training has gone; one request may hang for 10 s.
+_LONGEST_WAIT_SECONDS = 60.0
 
 
 @contextlib.contextmanager

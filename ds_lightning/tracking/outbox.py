@@ -45,7 +45,9 @@ class Outbox:
         self._child: Child | None = None
         self._deaths = 0
         self._courier: threading.Thread | None = None
-        self._closed = self._waiting_said = self._urgent = self._stuck = False
+        self._closed = self._waiting_said = self._stuck = False
+        # Calls with a number below this are not to wait for the writer's start.
+        self._urgent_below = 0
         self._progress = self._busy_at = 0.0
         self._notices = Notices()
         self._kept = Kept(spool, self._notices)
@@ -76,7 +78,7 @@ class Outbox:
             upto = self._calls.next
             if self._calls.all_arrived(upto):
                 return True
-            self._urgent = True
+            self._urgent_below = max(self._urgent_below, upto)
             self._wake.set()
             seconds = 0.0 if self._stuck else _HAND_OVER_SECONDS
             self._stuck = not self._changed.wait_for(lambda: self._calls.all_arrived(upto), seconds)
@@ -223,7 +225,7 @@ class Outbox:
                 return
             with self._changed:
                 child = self._child
-                if child is None or not (child.ready or self._urgent):
+                if child is None or not (child.ready or not self._calls.all_arrived(self._urgent_below)):
                     return
                 # Not what a reopened run has, or its spool: they ask MLflow for histories, on our GIL.
                 here = self._can_write_here() and not (self._kept.pending() or self._calls.any_resumed())
@@ -234,7 +236,7 @@ class Outbox:
             with self._changed:
                 if child is self._child and not here:
                     self._calls.arrived(calls)
-                    self._urgent = self._stuck = False
+                    self._stuck = False
                     self._changed.notify_all()
         if here:
             self._write_here()

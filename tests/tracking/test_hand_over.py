@@ -15,7 +15,7 @@ from stub_server import StubServer, rows_in
 from tracking_helpers import rows_of, wait_until
 
 from ds_lightning.callbacks import DurableCheckpoint
-from ds_lightning.tracking import MLflowTracker
+from ds_lightning.tracking import MLflowTracker, outbox
 from ds_lightning.tracking.outbox import Outbox
 from ds_lightning.tracking.runs import open_run
 from ds_lightning.tracking.store import connect
@@ -43,8 +43,9 @@ if when != "new":
     while not (box._child and (box._child.ready or when in ("starting", "reopened"))):
         time.sleep(0.001)
 if when == "writer killed":
-    os.kill(box._child.pid, signal.SIGKILL)
-    box._child._process.wait()
+    child = box._child
+    os.kill(child.pid, signal.SIGKILL)
+    child._process.wait()
 box.metrics(run, rows, resumed)
 assert box.hand_over()
 os.kill(os.getpid(), signal.SIGKILL)
@@ -77,7 +78,7 @@ def test_a_server_gets_it_from_a_writer_that_was_still_starting(tmp_path, when):
 def test_a_writer_that_can_not_start_leaves_it_on_disk(tmp_path):
     broken = tmp_path / "modules"
     broken.mkdir()
-    (broken / "mlflow.py").write_text("import time; time.sleep(2); raise ImportError('broken')")
+    (broken / "mlflow.py").write_text("import time; time.sleep(10); raise ImportError('broken')")
     killed_after_hand_over("http://127.0.0.1:1", tmp_path / "spool", "f" * 32, "new", str(broken))
     file = tmp_path / "spool" / f"{'f' * 32}.jsonl"
     wait_until(lambda: file.exists() and len(file.read_text().splitlines()) >= 3_000)
@@ -99,6 +100,40 @@ def test_a_locked_database_does_not_hold_training_up(box, store):
     assert box.flush(run, 60)
     assert rows_of(store, run) == [("m", 0.0, 0), ("m", 1.0, 1)]
     other.close()
+
+
+def test_what_comes_later_is_not_urgent(box, store, monkeypatch):
+    monkeypatch.setattr(outbox, "_HAND_OVER_SECONDS", 60.0)
+    run = open_run(store, "x").run_id
+    wrote = []
+    write = box._direct.write
+    box._direct.write = lambda runs, calls: (wrote.append(sum(len(call["rows"]) for call in calls)), write(runs, calls))
+    box.metrics(run, [("m", 0.0, 0, 0)])
+    assert box.hand_over()
+    assert wrote == [1]
+    while box._child is None or not box._child.ready:
+        box.metrics(run, [("m", float(step), step, step) for step in range(1, 100)])
+        time.sleep(0.01)
+    assert wrote == [1], "the writer's work, not training's"
+    assert box.flush(run, 60)
+    assert rows_of(store, run) == [("m", float(step), step) for step in range(100)]
+
+
+def test_a_writer_that_dies_while_it_starts_leaves_it_urgent(tmp_path, monkeypatch):
+    monkeypatch.setattr(outbox, "_HAND_OVER_SECONDS", 60.0)
+    server = StubServer(str(tmp_path / "artifacts"))
+    box = Outbox(server.uri, tmp_path / "spool")
+    ready, arrived = [], box._calls.arrived
+    box._calls.arrived = lambda calls: (ready.append(box._child.ready), arrived(calls))
+    box.metrics("f" * 32, [("m", 0.0, 0, 0)])
+    assert box.hand_over()
+    os.kill(box._child.pid, signal.SIGKILL)
+    wait_until(lambda: len(ready) == 2)
+    assert ready == [False, False], "the second has it before it is ready, too"
+    assert box.flush(None, 60)
+    assert [row["step"] for row in server.rows] == [0]
+    box.close()
+    server.die()
 
 
 def test_neither_a_frozen_writer_nor_a_dead_server_holds_training_up(tmp_path):
