@@ -164,7 +164,8 @@ def test_a_server_that_comes_back_gets_everything_once_and_one_that_stays_away_c
     with pytest.warns(RuntimeWarning, match="does not answer"):
         assert box.flush(None, 30)
     assert [(row["key"], row["value"], row["step"]) for row in server.rows if row["key"] == "m"] == expected(0, 600)
-    assert not (tmp_path / "spool").exists()
+    # On a slow machine the writer's patience ends before the server is back: the folder is there then, and empty.
+    assert not list((tmp_path / "spool").glob("*.jsonl*"))
 
     # And one that stays away costs a file.
     server.die()
