@@ -1,9 +1,11 @@
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from ds_lightning.tracking import Store
+from ds_lightning.tracking.outbox import Outbox
 from ds_lightning.tracking.store import connect, locate
 
 
@@ -23,6 +25,13 @@ def store(template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> St
     root.mkdir()
     shutil.copy(template, root)
     return locate(root)
+
+
+@pytest.fixture
+def box(store: Store) -> Iterator[Outbox]:
+    made = Outbox(store.uri, store.spool)
+    yield made
+    made.close()
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ class StubServer:
 
     def __init__(self, artifacts: str, port: int = 0, file: Path | None = None, delay: float = 0.0) -> None:
         self.rows: list[dict[str, Any]] = [] if file is None else rows_in(file)
-        self.swallow = 0
+        self.swallow = self.refuse = 0
         lock = threading.Lock()
         self.status = "RUNNING"
         self.broken = False
@@ -35,6 +35,7 @@ class StubServer:
             def answer(self, body: dict[str, Any]) -> None:
                 path = self.path.split("?")[0]
                 result: dict[str, Any] = {}
+                broken = stub.broken
                 if path.endswith("experiments/get-by-name"):
                     result = {"experiment": experiment}
                 elif path.endswith(("runs/create", "runs/get")):
@@ -42,7 +43,9 @@ class StubServer:
                 elif path.endswith("metrics/get-history"):
                     key = parse_qs(urlsplit(self.path).query).get("metric_key", [body.get("metric_key")])[0]
                     result = {"metrics": [row for row in stub.rows if row["key"] == key]}
-                elif path.endswith("runs/log-batch") and not stub.broken:
+                elif path.endswith("runs/log-batch") and stub.refuse:
+                    stub.refuse, broken = stub.refuse - 1, True
+                elif path.endswith("runs/log-batch") and not broken:
                     with lock:
                         stub.rows.extend(body.get("metrics", []))
                         if file is not None and body.get("metrics"):
@@ -57,7 +60,7 @@ class StubServer:
                     stub.status = body["status"]
                     result = {"run_info": {**info, "status": stub.status}}
                 content = json.dumps(result).encode()
-                self.send_response(503 if stub.broken else 200)
+                self.send_response(503 if broken else 200)
                 self.send_header("Content-Type", "application/json")
                 self.send_header("Content-Length", str(len(content)))
                 self.end_headers()

@@ -20,14 +20,6 @@ from ds_lightning.tracking.outbox import Outbox
 from ds_lightning.tracking.runs import open_run
 from ds_lightning.tracking.store import connect
 
-
-@pytest.fixture
-def box(store):
-    made = Outbox(store.uri, store.spool)
-    yield made
-    made.close()
-
-
 HANDED_OVER = """
 import os, signal, sys, time
 from pathlib import Path

@@ -16,13 +16,6 @@ from ds_lightning.tracking.runs import open_run
 from ds_lightning.tracking.store import connect
 
 
-@pytest.fixture
-def box(store):
-    made = Outbox(store.uri, store.spool)
-    yield made
-    made.close()
-
-
 def rows(start, stop, key="m"):
     return [(key, float(step), 1_000 + step, step) for step in range(start, stop)]
 
@@ -157,15 +150,14 @@ def test_a_server_that_comes_back_gets_everything_once_and_one_that_stays_away_c
     server = StubServer(str(tmp_path / "artifacts"))
     box = Outbox(server.uri, tmp_path / "spool")
     start_writer(box)
-    server.broken = True
+    # Back at the writer's next try, whatever this process is busy with: its patience must not end before.
+    server.refuse = 1
     box.metrics("f" * 32, rows(0, 600))
     wait_until(lambda: bool(box._notices._messages))
-    server.broken = False
     with pytest.warns(RuntimeWarning, match="does not answer"):
         assert box.flush(None, 30)
     assert [(row["key"], row["value"], row["step"]) for row in server.rows if row["key"] == "m"] == expected(0, 600)
-    # On a slow machine the writer's patience ends before the server is back: the folder is there then, and empty.
-    assert not list((tmp_path / "spool").glob("*.jsonl*"))
+    assert not (tmp_path / "spool").exists()
 
     # And one that stays away costs a file.
     server.die()
