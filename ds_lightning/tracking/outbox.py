@@ -224,8 +224,8 @@ class Outbox:
             if self._child is None and not self._start_child():
                 return
             with self._changed:
-                child = self._child
-                if child is None or not (child.ready or not self._calls.all_arrived(self._urgent_below)):
+                child, urgent = self._child, not self._calls.all_arrived(self._urgent_below)
+                if child is None or not (child.ready or urgent):
                     return
                 # Not what a reopened run has, or its spool: they ask MLflow for histories, on our GIL.
                 here = self._can_write_here() and not (self._kept.pending() or self._calls.any_resumed())
