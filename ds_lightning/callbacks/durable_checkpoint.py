@@ -34,8 +34,8 @@ class DurableCheckpoint(ModelCheckpoint):
     warning; so do paths such as `s3://`. `save_last="link"` writes half as much, but replaces the link in two steps:
     a kill between them leaves no `last.ckpt` (the file that it named is whole). A disk that lies about fsync lies here.
 
-    Cost: two fsyncs for each file; a third file on the disk. With `save_top_k=0` only `last.ckpt` and its previous
-    version are written.
+    Cost: two fsyncs for each file; a third file on the disk. With `save_top_k=0` and `every_n_train_steps` only
+    `last.ckpt` and its previous version are written; without it Lightning then saves at the end of the fit alone.
 
     Args:
         save_last: as in ModelCheckpoint, but on by default.
